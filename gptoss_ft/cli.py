@@ -1,0 +1,148 @@
+"""`gptoss-ft COMMAND key=value ...`: everything heavy is imported only by the command that needs it."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptoss_ft import __version__
+from gptoss_ft.config import schema
+from gptoss_ft.config.catalog import choices, did_you_mean, groups, keys, presets, shown, summary
+from gptoss_ft.errors import UserError
+
+HELP = ("-h", "--help", "help")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand; `run` takes its words and returns the exit code."""
+
+    run: Callable[[list[str]], int]
+    config: type
+    meaning: str
+    examples: tuple[str, ...]
+
+
+def init(words: list[str]) -> int:
+    from gptoss_ft.config.load import load_command
+
+    cfg = load_command(schema.InitCommand, words)
+    from gptoss_ft.model.init import init_checkpoint
+
+    init_checkpoint(cfg.model, Path(cfg.out), seed=cfg.seed, layout=cfg.layout)
+    print(cfg.out)
+    return 0
+
+
+def train(words: list[str]) -> int:
+    from gptoss_ft.config.load import load_train_config
+
+    cfg = load_train_config(words)
+    from gptoss_ft.recipes import sft
+
+    print(sft.main(cfg))
+    return 0
+
+
+def export(words: list[str]) -> int:
+    from gptoss_ft.config.load import load_command
+
+    cfg = load_command(schema.ExportCommand, words)
+    from gptoss_ft.recipes import export
+
+    print(export.main(cfg))
+    return 0
+
+
+def verify(words: list[str]) -> int:
+    from gptoss_ft.config.load import load_command
+
+    cfg = load_command(schema.VerifyCommand, words)
+    from gptoss_ft.recipes import verify
+
+    return 0 if verify.main(cfg) else 1
+
+
+COMMANDS = {
+    "init": Command(
+        init,
+        schema.InitCommand,
+        "write a checkpoint with random weights in the published layout",
+        ("gptoss-ft init model=tiny out=tiny", "gptoss-ft init model=gpt_oss_20b out=base layout=bf16 seed=1"),
+    ),
+    "train": Command(
+        train,
+        schema.TrainConfig,
+        "train a LoRA adapter, and export and verify it if the config says so",
+        (
+            "gptoss-ft train config=quickstart",
+            "gptoss-ft train config=lora_20b data.path=rows.jsonl adapter.r=32",
+            "gptoss-ft train config=./mine.yaml data.path=[a.jsonl,b.jsonl] trainer.max_steps=500",
+            "gptoss-ft train config=quickstart adapter=attention adapter.layers=[0,1]",
+        ),
+    ),
+    "export": Command(
+        export,
+        schema.ExportCommand,
+        "write a run's adapter, or the base model with the adapter merged in",
+        ("gptoss-ft export run=runs/quickstart format=mxfp4 out=merged",),
+    ),
+    "verify": Command(
+        verify,
+        schema.VerifyCommand,
+        "reopen an export with other programs and compare it with the trained model",
+        ("gptoss-ft verify run=runs/quickstart path=merged",),
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line and return its exit code: 1 and 2 after a one-line error, 130 when interrupted."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in HELP:
+        print(overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"gptoss-ft {__version__}")
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        print(f"error: unknown command '{name}'{did_you_mean(name, COMMANDS) or ': see --help'}", file=sys.stderr)
+        return 2
+    if set(rest) & set(HELP):
+        print(manual(name))
+        return 0
+    try:
+        return COMMANDS[name].run(rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def overview() -> str:
+    """The answer to `gptoss-ft --help`."""
+    lines = ["usage: gptoss-ft COMMAND key=value ...", "", "Fine-tune gpt-oss through its packed MXFP4 experts.", ""]
+    lines += [f"  {name:<8} {command.meaning}" for name, command in COMMANDS.items()]
+    lines += ["", "examples:", *(f"  {command.examples[0]}" for command in COMMANDS.values())]
+    lines += ["", "gptoss-ft COMMAND --help explains every key; gptoss-ft --version prints the version."]
+    return "\n".join(lines)
+
+
+def manual(name: str) -> str:
+    """The answer to `gptoss-ft NAME --help`: examples, presets and every key, straight from the schema."""
+    command = COMMANDS[name]
+    lines = [f"usage: gptoss-ft {name} key=value ...", "", command.meaning, "", "examples:"]
+    lines += [f"  {example}" for example in command.examples]
+    if command.config is schema.TrainConfig:
+        lines += ["", "presets (config=NAME, or config=./mine.yaml for your own):"]
+        lines += [f"  {preset:<14} {summary(preset)}" for preset in presets()]
+        lines += ["", "presets of a section (such as model=tiny):"]
+        lines += [f"  {group:<14} {', '.join(choices(group))}" for group in groups()]
+    lines += ["", "keys:"]
+    for key in keys(command.config).values():
+        default = "(required)" if key.required else shown(key.default)
+        lines += [f"  {key.name}={default}", f"      {key.meaning} ({key.wanted}{' or null' * key.optional})"]
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""What a user can write: the keys of a command, the presets, and the nearest one to a misspelling."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from enum import Enum
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+CONFIGS = Path(str(files("gptoss_ft.configs")))
+WORDS = {
+    str: ("text", "text"),
+    int: ("an integer", "integers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false"),
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One settable key: `kind` is its type without `None` and without `list`."""
+
+    name: str
+    kind: type
+    is_list: bool
+    optional: bool
+    required: bool
+    default: Any
+    meaning: str
+    reads: str | None
+
+    @property
+    def wanted(self) -> str:
+        """The accepted values as they follow "must be"."""
+        if issubclass(self.kind, Enum):
+            names = ", ".join(member.name for member in self.kind)
+            return f"{'a list of names among' if self.is_list else 'one of'} {names}"
+        one, many = WORDS[self.kind]
+        return f"a list of {many}" if self.is_list else one
+
+
+def keys(command: type, prefix: str = "") -> dict[str, Key]:
+    """The keys of a config dataclass by dotted name, in order of declaration."""
+    found: dict[str, Key] = {}
+    for item in fields(command):
+        name = prefix + item.name
+        if is_dataclass(item.type):
+            found |= keys(typing.cast(type, item.type), f"{name}.")
+        else:
+            found[name] = _key(name, item)
+    return found
+
+
+def _key(name: str, item: Field) -> Key:
+    kind = typing.cast(Any, item.type)
+    optional = isinstance(kind, types.UnionType)
+    if optional:
+        kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
+    is_list = typing.get_origin(kind) is list
+    if is_list:
+        (kind,) = typing.get_args(kind)
+    default = item.default_factory() if item.default_factory is not MISSING else item.default
+    return Key(
+        name=name,
+        kind=kind,
+        is_list=is_list,
+        optional=optional,
+        required=default is MISSING,
+        default=default,
+        meaning=item.metadata["meaning"],
+        reads=item.metadata["reads"],
+    )
+
+
+def presets() -> list[str]:
+    """Names that `config=` takes."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def groups() -> list[str]:
+    """Sections that have presets of their own, such as `model=tiny`."""
+    return sorted({path.parent.name for path in CONFIGS.glob("*/*.yaml")})
+
+
+def choices(group: str, *folders: Path) -> list[str]:
+    """Presets of a section, ours and those in the same place under `folders`."""
+    return sorted({path.stem for root in (CONFIGS, *folders) for path in (root / group).glob("*.yaml")})
+
+
+def summary(preset: str) -> str:
+    """The command that runs a preset: its first line."""
+    return (CONFIGS / f"{preset}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+
+
+def shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(shown, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value) or "nothing"
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """`: did you mean 'x'?` for the option nearest to `word`, as a whole or in its last part; nothing if none is."""
+    spellings = {option.rpartition(".")[2]: option for option in options} | {option: option for option in options}
+    near = [hit for part in (word, word.rpartition(".")[2]) for hit in difflib.get_close_matches(part, spellings, n=1)]
+    return f": did you mean '{spellings[near[0]]}'?" if near else ""
+
+
+def nearest_sibling(path: Path) -> str:
+    """A hint with the name in the same folder that is most like a missing one."""
+    folder = path.parent
+    return did_you_mean(str(path), [str(folder / other.name) for other in folder.iterdir()]) if folder.is_dir() else ""

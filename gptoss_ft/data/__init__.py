@@ -1,0 +1,1 @@
+"""Rows of known schemas to token samples, and samples to batches."""

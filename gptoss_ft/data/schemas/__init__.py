@@ -1,0 +1,1 @@
+"""One reader for each row format; all give harmony conversations."""

@@ -1,0 +1,1 @@
+"""Turn a trained adapter into files that other programs load: the adapter itself, or merged checkpoints."""

@@ -1,0 +1,161 @@
+"""Read LoRA adapters as PEFT saves them, and hand them on after checking that they fit their base.
+
+PEFT keeps a stack of experts' factors flattened: A [r·E, K] with the expert as the slow index, B [O, r·E] with the
+expert as the fast one. Two adapted parameters of one module nest: the first, gate_up, is under `base_layer`. An
+adapter of one of them has no `base_layer` whichever it is, so the shapes decide.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gptoss_ft.errors import UserError
+from gptoss_ft.export.merge import LowRankDelta, check_deltas, weight_shapes
+from gptoss_ft.files import whole_folder
+from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.spec import GptOssSpec
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+COPIED = (CONFIG_FILE, WEIGHTS_FILE, "README.md")
+
+KEY = re.compile(
+    r"base_model\.model\.(?P<module>model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.router|mlp\.experts))"
+    r"(?P<nested>\.base_layer)?\.lora_(?P<factor>[AB])\.weight"
+)
+
+# Settings that change what the saved factors mean, with the value that leaves them plain LoRA.
+PLAIN_LORA: dict[str, Any] = {
+    "use_dora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "modules_to_save": None,
+    "fan_in_fan_out": False,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "trainable_token_indices": None,
+}
+
+# Initialisations that take part of the base weight into the factors.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def read_adapter(folder: Path, spec: GptOssSpec) -> dict[str, LowRankDelta]:
+    """Read a PEFT LoRA adapter of a gpt-oss model of this spec as updates by HF weight name.
+
+    Raises:
+        UserError: if files or factors are missing, a key is unknown, a shape belongs to another base, values are
+            not finite, or the adapter is more than plain LoRA (rsLoRA and rank or alpha patterns are understood).
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    pairs = _pair_factors(folder, load_file(folder / WEIGHTS_FILE))
+    shapes = weight_shapes(spec)
+    deltas: dict[str, LowRankDelta] = {}
+    for module, (up, down) in pairs.items():
+        name, down, up = _resolve(folder, module, down, up, shapes)
+        if name in deltas:
+            raise UserError(f"{folder / WEIGHTS_FILE}: two pairs of factors have the shape of {name}")
+        deltas[name] = LowRankDelta(down, up, _scaling(config, folder, name, down.shape[-2]))
+    check_deltas(spec, deltas)
+    return deltas
+
+
+def export_adapter(folder: Path, out: Path, base: Checkpoint) -> dict[str, LowRankDelta]:
+    """Copy an adapter to the new folder `out` once it is known to fit `base`; returns what `read_adapter` does.
+
+    Raises:
+        UserError: as `read_adapter`, or if `out` exists; nothing is left behind.
+    """
+    deltas = read_adapter(folder, base.spec)
+    files = [Path(folder) / name for name in COPIED if (Path(folder) / name).is_file()]
+    with whole_folder(out, num_bytes=sum(file.stat().st_size for file in files)) as copy:
+        for file in files:
+            shutil.copyfile(file, copy / file.name)
+    return deltas
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}: give the folder of a PEFT adapter saved with safetensors")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG_FILE} is not valid JSON ({error})") from error
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{folder / CONFIG_FILE}: peft_type is {config.get('peft_type')!r}; only LORA can be merged")
+    missing = [key for key in ("r", "lora_alpha") if key not in config]
+    if missing:
+        raise UserError(f"{folder / CONFIG_FILE}: {' and '.join(missing)} missing")
+    if str(config.get("init_lora_weights", True)).startswith(BASE_CHANGING_INITS):
+        raise UserError(
+            f"{folder / CONFIG_FILE}: init_lora_weights={config['init_lora_weights']!r} changed the base weights, so "
+            "the factors do not fit the checkpoint: save the adapter converted to plain LoRA"
+        )
+    for key, plain in PLAIN_LORA.items():
+        if config.get(key, plain) not in (plain, None, []):
+            raise UserError(f"{folder / CONFIG_FILE}: {key}={config[key]!r} is more than plain LoRA and not supported")
+    return config
+
+
+def _pair_factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """B and A by module, nested ones under `….experts.base_layer`."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        if not match:
+            raise UserError(f"{folder / WEIGHTS_FILE}: {key} is no LoRA factor of a gpt-oss layer")
+        module = match["module"] + (match["nested"] or "")
+        factors.setdefault(module, {})[match["factor"]] = tensor
+        if tensor.dim() != 2:
+            raise UserError(f"{folder / WEIGHTS_FILE}: {key} has shape {list(tensor.shape)} where a matrix is expected")
+    for module, found in factors.items():
+        if len(found) < 2:
+            raise UserError(f"{folder / WEIGHTS_FILE}: {module} has only lora_{next(iter(found))}")
+    if not factors:
+        raise UserError(f"{folder / WEIGHTS_FILE} holds no LoRA factors")
+    return {module: (found["B"], found["A"]) for module, found in factors.items()}
+
+
+def _resolve(
+    folder: Path, module: str, down: Tensor, up: Tensor, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, Tensor, Tensor]:
+    """The weight that a module's factors belong to, with A and B in plain orientation."""
+    stem = module.removesuffix(".base_layer")
+    candidates = [f"{stem}.gate_up_proj", f"{stem}.down_proj"] if stem.endswith("experts") else [f"{stem}.weight"]
+    for name in candidates:
+        *experts, rows, columns = shapes.get(name, (0, 0))
+        num_experts = experts[0] if experts else 1
+        if (down.shape[1], up.shape[0]) != (columns, rows) or down.shape[0] != up.shape[1]:
+            continue
+        if down.shape[0] % num_experts:
+            break
+        if experts:
+            down = down.unflatten(0, (num_experts, -1))
+            up = up.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
+        return name, down, up
+    wanted = " or ".join(str(list(shapes[name])) for name in candidates if name in shapes) or "no such layer"
+    raise UserError(
+        f"{folder / WEIGHTS_FILE}: {module} has A {list(down.shape)}, B {list(up.shape)} where the base has {wanted}: "
+        "it was trained on another base"
+    )
+
+
+def _scaling(config: Mapping[str, Any], folder: Path, name: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA, by PEFT's patterns."""
+    key = name if name.endswith(("gate_up_proj", "down_proj", "router.weight")) else name.removesuffix(".weight")
+    wanted = _matching(config.get("rank_pattern") or {}, key, config["r"])
+    if rank != wanted:
+        raise UserError(f"{folder / WEIGHTS_FILE}: {name} has rank {rank} where {CONFIG_FILE} says {wanted}")
+    alpha = _matching(config.get("alpha_pattern") or {}, key, config["lora_alpha"])
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _matching(patterns: Mapping[str, float], key: str, default: float) -> float:
+    return next((value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", key)), default)

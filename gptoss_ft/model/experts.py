@@ -1,0 +1,70 @@
+"""The stacked experts of a layer as modules: packed MXFP4, or transformers' own dense ones, one forward for both."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+from gptoss_ft.kernels.experts import ExpertProjection, LowRank, expert_block
+from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
+
+PROJECTIONS = ("gate_up_proj", "down_proj")
+
+
+class PackedExperts(nn.Module):
+    """Drop-in for `GptOssExperts` whose weights stay the checkpoint's MXFP4 bytes; they are frozen.
+
+    Parameters carry the published names: `{gate_up,down}_proj_{blocks,scales,bias}`.
+    """
+
+    def __init__(self, config: GptOssConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_local_experts
+        self.hidden_size, self.intermediate_size = config.hidden_size, config.intermediate_size
+        self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
+        for name in PROJECTIONS:
+            num_out, num_in = projection_shape(self, name)
+            groups = num_in // BLOCK_SIZE
+            for suffix, shape in (("blocks", (num_out, groups, BLOCK_SIZE // 2)), ("scales", (num_out, groups))):
+                packed = torch.empty(self.num_experts, *shape, dtype=torch.uint8)
+                setattr(self, f"{name}_{suffix}", nn.Parameter(packed, requires_grad=False))
+            setattr(self, f"{name}_bias", nn.Parameter(torch.empty(self.num_experts, num_out), requires_grad=False))
+
+    def forward(self, hidden_TH: Tensor, experts_TK: Tensor, routing_weights_TK: Tensor) -> Tensor:
+        return experts_forward(self, hidden_TH, experts_TK, routing_weights_TK)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts} experts, {self.hidden_size} -> {self.intermediate_size}, MXFP4"
+
+
+Experts = PackedExperts | GptOssExperts
+
+
+def projection_shape(experts: Experts, name: str) -> tuple[int, int]:
+    """(out, in) features of a projection, whatever the orientation of its storage."""
+    hidden, intermediate = experts.hidden_size, experts.intermediate_size
+    return (2 * intermediate, hidden) if name == "gate_up_proj" else (hidden, intermediate)
+
+
+def experts_forward(
+    experts: Experts,
+    hidden_TH: Tensor,
+    experts_TK: Tensor,
+    routing_weights_TK: Tensor,
+    low_rank: Mapping[str, Sequence[LowRank]] | None = None,
+) -> Tensor:
+    """`GptOssExperts.forward` with optional LoRA per projection name, over packed or dense weights: `[T, H]`."""
+    gate_up, down = (_projection(experts, name, (low_rank or {}).get(name, ())) for name in PROJECTIONS)
+    return expert_block(
+        hidden_TH, experts_TK, routing_weights_TK, gate_up, down, alpha=experts.alpha, limit=experts.limit
+    )
+
+
+def _projection(experts: Experts, name: str, low_rank: Sequence[LowRank]) -> ExpertProjection:
+    if isinstance(experts, PackedExperts):
+        weight = MXFP4Weight(getattr(experts, f"{name}_blocks"), getattr(experts, f"{name}_scales"))
+    else:
+        weight = getattr(experts, name)
+    return ExpertProjection(weight, getattr(experts, f"{name}_bias"), low_rank)

@@ -1,0 +1,126 @@
+"""Encode and decode MXFP4: e2m1 elements in blocks of 32 that share one power-of-two scale (OCP MX v1.0).
+
+Shape suffixes: O rows · G blocks of a row · B bytes of a block (16) · V elements of a block (32).
+Leading dimensions, such as experts, are free. A byte holds two elements, the even one in its low nibble.
+A scale byte s stands for 2^(s - 127), and 255 for NaN. Everything here works on any device, and in one go:
+a caller with more rows than memory splits them.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+BLOCK = 32
+SCALE_BIAS = 127
+SCALE_NAN = 255
+MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+ELEMENTS = MAGNITUDES + tuple(-magnitude for magnitude in MAGNITUDES)
+SIGN_BIT = 8
+
+ScaleRule = Literal["even", "floor"]
+
+
+def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Expand `blocks` [..., G, 16] and `scales` [..., G], both uint8, to `dtype` [..., 32·G].
+
+    Exact in bf16, fp32 and fp64 wherever the value is representable; overflow gives inf, scale 255 gives NaN.
+
+    Raises:
+        ValueError: if there is not one scale per block of 16 bytes.
+    """
+    if blocks.shape[:-1] != scales.shape or blocks.shape[-1] != BLOCK // 2:
+        raise ValueError(f"{tuple(blocks.shape)} blocks do not go with {tuple(scales.shape)} scales")
+    # Half precision lacks the scales' range, so it is multiplied in fp32; bf16 products need 2 bits and are exact.
+    compute = dtype if dtype in (torch.bfloat16, torch.float32, torch.float64) else torch.float32
+    elements = torch.tensor(ELEMENTS, dtype=compute, device=blocks.device)
+    # Looking up whole bytes halves the lookups and needs no unpacked copy of the codes.
+    pairs = torch.stack((elements.repeat(16), elements.repeat_interleave(16)), dim=-1)
+    values_GV = torch.nn.functional.embedding(blocks.int(), pairs).flatten(-2)
+    values_GV *= scale_values(scales, compute).unsqueeze(-1)
+    return values_GV.flatten(-2).to(dtype)
+
+
+def quantize_mxfp4(values: Tensor, scales: Tensor | None = None, rule: ScaleRule = "even") -> tuple[Tensor, Tensor]:
+    """Round `values` [..., 32·G] to the nearest MXFP4 numbers: blocks [..., G, 16] and scales [..., G], uint8.
+
+    A tie goes to the even code, what exceeds 6·scale saturates, and zeros keep their sign.
+    A block that holds NaN or infinity becomes NaN (scale 255).
+
+    Args:
+        scales: the scales to use; by default `rule` chooses them.
+        rule: "even", see `even_scales`, or "floor", see `floor_scales`.
+    """
+    values = values if values.dtype == torch.float64 else values.float()
+    if scales is None:
+        scales = SCALE_RULES[rule](values)
+    values_GV = _in_blocks(values)
+    unit = scale_values((2 * SCALE_BIAS - scales.int()).clamp_min(0), values.dtype)
+    codes = _nearest_codes(values_GV * unit.unsqueeze(-1))
+    return pack_nibbles(codes), scales
+
+
+def even_scales(values: Tensor) -> Tensor:
+    """Scales [..., G] of `values` [..., 32·G] that let the largest element round to a power of two before they grow.
+
+    The exponent is floor(log2(amax)) - 2, one more when amax is at least 1.75 powers of two. It steps between
+    grid points, so small changes to numbers that are on the grid do not change it.
+    """
+    mantissa, exponent = _amax_parts(values)
+    return _as_scale_bytes(exponent - 3 + (mantissa >= 0.875).int(), mantissa)
+
+
+def floor_scales(values: Tensor) -> Tensor:
+    """Scales [..., G] of `values` [..., 32·G] by the OCP conversion (6.3): floor(log2(amax)) - 2; may saturate."""
+    mantissa, exponent = _amax_parts(values)
+    return _as_scale_bytes(exponent - 3, mantissa)
+
+
+SCALE_RULES: dict[ScaleRule, Callable[[Tensor], Tensor]] = {"even": even_scales, "floor": floor_scales}
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Pack uint8 codes 0..15 [..., 2·B] into bytes [..., B], the even element in the low nibble."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`: bytes [..., B] to codes 0..15 [..., 2·B]."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+
+
+def scale_values(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scale bytes as numbers, 255 as NaN."""
+    # A table, because exp2 need not be exact in fp32.
+    table = [math.ldexp(1.0, byte - SCALE_BIAS) for byte in range(SCALE_NAN)] + [math.nan]
+    return torch.tensor(table, dtype=dtype, device=scales.device)[scales.int()]
+
+
+def _in_blocks(values: Tensor) -> Tensor:
+    if values.shape[-1] % BLOCK:
+        raise ValueError(f"the last dimension of {tuple(values.shape)} is not a multiple of {BLOCK}")
+    return values.unflatten(-1, (-1, BLOCK))
+
+
+def _amax_parts(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Each block's largest magnitude as mantissa [0.5, 1) and exponent."""
+    return torch.frexp(_in_blocks(values if values.dtype == torch.float64 else values.float()).abs().amax(-1))
+
+
+def _as_scale_bytes(exponent: Tensor, mantissa: Tensor) -> Tensor:
+    clamped = (exponent + SCALE_BIAS).clamp(0, SCALE_NAN - 1)
+    clamped = torch.where(mantissa == 0, 0, clamped)
+    return torch.where(mantissa.isfinite(), clamped, SCALE_NAN).to(torch.uint8)
+
+
+def _nearest_codes(scaled: Tensor) -> Tensor:
+    """e2m1 codes of numbers in units of the scale."""
+    midpoints = torch.tensor([(a + b) / 2 for a, b in pairwise(MAGNITUDES)])
+    midpoints = midpoints.to(scaled)
+    # bucketize keeps a midpoint in the lower bucket; where that is odd, the boundary moves just below the tie.
+    midpoints[1::2] = torch.nextafter(midpoints[1::2], torch.zeros_like(midpoints[1::2]))
+    codes = torch.bucketize(scaled.abs(), midpoints, out_int32=True).to(torch.uint8)
+    return codes | (torch.signbit(scaled).to(torch.uint8) * SIGN_BIT)

@@ -1,0 +1,1 @@
+"""One file per job, each a function that reads top to bottom."""

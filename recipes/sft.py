@@ -1,0 +1,231 @@
+"""Supervised fine-tuning with LoRA: rows and a checkpoint in, an adapter and proven exports out."""
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+from transformers import GptOssForCausalLM, TrainingArguments
+
+from gptoss_ft.adapters.attach import Targets, attach_adapters
+from gptoss_ft.adapters.save import save_adapter
+from gptoss_ft.config.load import to_yaml
+from gptoss_ft.config.schema import AdapterConfig, DataConfig, ModelConfig, TrainConfig, TrainerConfig
+from gptoss_ft.data.collate import PaddingCollator
+from gptoss_ft.data.dataset import CompiledSamples, Sample, compile_samples, split_rows, to_dataset
+from gptoss_ft.errors import UserError
+from gptoss_ft.model.init import init_checkpoint
+from gptoss_ft.model.load import load_base
+from gptoss_ft.recipes.export import export_run
+from gptoss_ft.recipes.verify import verify_run
+from gptoss_ft.training.audit import AuditCallback
+from gptoss_ft.training.callbacks import MetricsCallback, PortableCheckpointCallback, ProgressCallback
+from gptoss_ft.training.memory import peak_gib
+from gptoss_ft.training.run_folder import RunFolder, write_json
+from gptoss_ft.training.trainer import SftTrainer
+
+
+def main(cfg: TrainConfig) -> Path:
+    """Run `gptoss-ft train`; returns the run folder.
+
+    Raises:
+        UserError: if rows, checkpoint or folder cannot be used; nothing has been trained then.
+    """
+    check_devices()
+    run = RunFolder(cfg.run.dir)
+    resume_from = open_run_folder(run, cfg)
+    train_set, eval_set = build_datasets(cfg.data, cfg.seed)
+    base = prepare_base(cfg.model, cfg.seed)
+    model = attach(base, cfg.adapter, cfg.seed)
+    if PartialState().is_main_process:
+        run.write_origin(to_yaml(cfg))
+
+    trainer = make_trainer(model, train_set, eval_set, run, cfg.trainer, base_path=cfg.model.path, seed=cfg.seed)
+    before = trainer.evaluate() if eval_set else {}
+    trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+    after = trainer.evaluate() if eval_set else {}
+
+    if PartialState().is_main_process:
+        save_adapter(model, run.adapter, base_path=cfg.model.path)
+        write_json(run.summary, summarise(trainer, before, after))
+        # Exports stream from the files: the trained model is not needed, and its memory is.
+        del trainer, model, base
+        export_all(run, cfg)
+    return run.path
+
+
+def check_devices() -> None:
+    """Refuse several GPUs in one process, where Trainer would fall back to DataParallel and drop our loss scaling."""
+    if torch.cuda.device_count() > 1 and PartialState().num_processes == 1:
+        raise UserError(
+            "several GPUs are visible to one process: choose one with CUDA_VISIBLE_DEVICES=0, "
+            "or use all with `torchrun --nproc-per-node=gpu -m gptoss_ft train ...`"
+        )
+
+
+def open_run_folder(run: RunFolder, cfg: TrainConfig) -> Path | None:
+    """The checkpoint to resume from, or None for a new run in an unused folder."""
+    if cfg.run.resume:
+        return run.last_checkpoint()
+    if PartialState().is_main_process:
+        run.check_unused(except_for=Path(cfg.model.path))
+    return None
+
+
+def build_datasets(cfg: DataConfig, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Compile every row; returns training and held-out samples (None if nothing is held out)."""
+    compiled = compile_files(cfg.path, cfg)
+    train, held_out = split_rows(compiled.samples, cfg.eval_fraction, seed)
+    if cfg.eval_path:
+        held_out = compile_files(cfg.eval_path, cfg).samples
+    return to_dataset(train), to_dataset(held_out) if held_out else None
+
+
+def held_out_samples(cfg: DataConfig, seed: int) -> list[Sample]:
+    """The samples a run did not train on, or its training samples if it held out none."""
+    compiled = compile_files(cfg.eval_path or cfg.path, cfg)
+    train, held_out = split_rows(compiled.samples, cfg.eval_fraction, seed)
+    return held_out or train
+
+
+def compile_files(paths: list[str], cfg: DataConfig) -> CompiledSamples:
+    """Compile row files by the data section's settings and say what came of them."""
+    compiled = compile_samples(
+        paths,
+        format=cfg.format,
+        default_reasoning_effort=cfg.reasoning_effort.value,
+        max_length=cfg.max_length,
+        progress=PartialState().is_main_process,
+    )
+    if PartialState().is_main_process:
+        print(compiled)
+    return compiled
+
+
+def prepare_base(cfg: ModelConfig, seed: int) -> GptOssForCausalLM:
+    """Load the base model, after writing random weights if that was asked for and nothing is there."""
+    state = PartialState()
+    if cfg.init is not None and state.is_main_process and not Path(cfg.path).exists():
+        init_checkpoint(cfg.init, Path(cfg.path), seed=seed)
+    state.wait_for_everyone()
+    dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
+    return load_base(
+        cfg.path,
+        precision=cfg.precision,
+        dtype=dtype,
+        attn_implementation=cfg.attn_implementation,
+        device=state.device,
+    )
+
+
+def attach(base: GptOssForCausalLM, cfg: AdapterConfig, seed: int) -> PeftModel:
+    """LoRA on what the adapter section targets, initialised from `seed`."""
+    targets = Targets.parse(
+        cfg.targets,
+        num_layers=base.config.num_hidden_layers,
+        num_experts=base.config.num_local_experts,
+        layers=cfg.layers,
+        experts=cfg.experts,
+    )
+    torch.manual_seed(seed)
+    model, attached = attach_adapters(
+        base, targets, r=cfg.r, alpha=cfg.alpha, use_rslora=cfg.use_rslora, dropout=cfg.dropout
+    )
+    if PartialState().is_main_process:
+        print(attached)
+    return model
+
+
+def make_trainer(
+    model: PeftModel,
+    train_set: Dataset,
+    eval_set: Dataset | None,
+    run: RunFolder,
+    cfg: TrainerConfig,
+    *,
+    base_path: str,
+    seed: int,
+) -> SftTrainer:
+    """transformers' Trainer by the trainer section, with our loss, audit, metrics and progress bar."""
+    trainer = SftTrainer(
+        model=model,
+        args=training_arguments(cfg, run, seed),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=PaddingCollator(pad_token_id=model.config.pad_token_id),
+        loss_chunk_size=cfg.loss_chunk_size,
+    )
+    trainer.add_callback(AuditCallback(model, run.audit))
+    trainer.add_callback(MetricsCallback(run.metrics))
+    trainer.add_callback(PortableCheckpointCallback(model, base_path))
+    trainer.add_callback(ProgressCallback())
+    return trainer
+
+
+def training_arguments(cfg: TrainerConfig, run: RunFolder, seed: int) -> TrainingArguments:
+    """The trainer section in transformers' own terms."""
+    # Both trackers take their folder from the environment; the user's own choice wins.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
+    os.environ.setdefault("WANDB_DIR", str(run.path))
+    return TrainingArguments(
+        output_dir=str(run.checkpoints),
+        max_steps=cfg.max_steps,
+        num_train_epochs=cfg.num_train_epochs,
+        learning_rate=cfg.learning_rate,
+        lr_scheduler_type=cfg.lr_scheduler_type.value,
+        warmup_steps=cfg.warmup_steps,
+        per_device_train_batch_size=cfg.per_device_train_batch_size,
+        per_device_eval_batch_size=cfg.per_device_eval_batch_size,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        optim=cfg.optim.value,
+        weight_decay=cfg.weight_decay,
+        max_grad_norm=cfg.max_grad_norm,
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        # Reentrant checkpoints need an input that requires a gradient, and the embeddings are frozen.
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=cfg.logging_steps,
+        eval_strategy="steps" if cfg.eval_steps else "no",
+        eval_steps=cfg.eval_steps or None,
+        save_strategy="steps" if cfg.save_steps else "no",
+        save_steps=cfg.save_steps or 500,
+        save_total_limit=cfg.save_total_limit,
+        report_to=[reporter.value for reporter in cfg.report_to],
+        run_name=run.path.name,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        # Our collator picks the columns, and our bar shows the progress.
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+
+
+def summarise(trainer: SftTrainer, before: dict[str, float], after: dict[str, float]) -> dict[str, object]:
+    """The run in a few numbers."""
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return {
+        "steps": trainer.state.global_step,
+        "first_loss_nats": losses[0] if losses else None,
+        "last_loss_nats": losses[-1] if losses else None,
+        "eval_loss_before_nats": before.get("eval_loss"),
+        "eval_loss_after_nats": after.get("eval_loss"),
+        "peak_gib": peak_gib(),
+    }
+
+
+def export_all(run: RunFolder, cfg: TrainConfig) -> None:
+    """Write and verify the exports that the config asks for.
+
+    Raises:
+        UserError: if an export is further from the trained model than its stated bounds.
+    """
+    for format in cfg.export.formats:
+        out = export_run(run.path, format.value, run.exports / format.value)
+        if cfg.export.verify:
+            report = verify_run(run.path, out)
+            print(report)
+            if not report.passed:
+                raise UserError(f"{out} does not keep what was trained: see the report above")

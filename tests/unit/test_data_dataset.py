@@ -1,0 +1,109 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from gptoss_ft.data.dataset import compile_samples, split_rows, to_dataset
+from gptoss_ft.errors import ConfigError, UserError
+from gptoss_ft.harmony.vocabulary import decode
+
+TWO_TURNS = [
+    {"role": "user", "content": "q1"},
+    {"role": "assistant", "thinking": "t1", "content": "a1"},
+    {"role": "user", "content": "q2"},
+    {"role": "assistant", "content": "a2"},
+]
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    def write(*rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_one_sample_per_generation_with_labels_on_the_completion(rows_file):
+    path = rows_file({"messages": TWO_TURNS}, {"messages": TWO_TURNS[2:]})
+    compiled = compile_samples([path], max_length=512)
+    assert [(sample.row, sample.generation) for sample in compiled.samples] == [
+        (f"{path}:1", 0),
+        (f"{path}:1", 1),
+        (f"{path}:2", 0),
+    ]
+    for sample in compiled.samples:
+        trained = [token for token in sample.labels if token != -100]
+        assert len(sample.labels) == len(sample.input_ids)
+        assert sample.input_ids[-len(trained) :] == sample.labels[-len(trained) :] == trained
+        assert decode(sample.input_ids[: -len(trained)]).endswith("<|end|><|start|>assistant")
+    first = compiled.samples[0]
+    assert decode([token for token in first.labels if token != -100]) == (
+        "<|channel|>analysis<|message|>t1<|end|><|start|>assistant<|channel|>final<|message|>a1<|return|>"
+    )
+
+
+def test_counts(rows_file):
+    unweighted = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in TWO_TURNS]
+    long_question = [{"role": "user", "content": "word " * 500}, TWO_TURNS[1]]
+    path = rows_file({"messages": TWO_TURNS}, {"messages": unweighted}, {"messages": long_question})
+    other = rows_file({"messages": TWO_TURNS[2:]}, name="other.jsonl")
+    compiled = compile_samples([path, other], max_length=200)
+    assert (compiled.rows, compiled.rows_without_thinking, compiled.generations) == (4, 1, 6)
+    assert (compiled.dropped_too_long, compiled.dropped_without_loss, len(compiled.samples)) == (1, 2, 3)
+    assert compiled.tokens == sum(len(sample.input_ids) for sample in compiled.samples)
+    assert compiled.loss_tokens == sum(token != -100 for sample in compiled.samples for token in sample.labels)
+
+
+def test_default_effort_is_for_rows_without_one(rows_file):
+    path = rows_file({"messages": TWO_TURNS[:2]}, {"messages": TWO_TURNS[:2], "reasoning_effort": "high"})
+    compiled = compile_samples([path], default_reasoning_effort="low", max_length=512)
+    assert ["Reasoning: low" in decode(sample.input_ids) for sample in compiled.samples] == [True, False]
+
+
+def test_errors_name_file_line_and_field(rows_file):
+    path = rows_file({"messages": TWO_TURNS}, {"messages": [{"role": "robot"}]})
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: messages\[0\]\.role: 'robot' is not a role"):
+        compile_samples([path], max_length=512)
+
+
+def test_nothing_left_is_an_error(rows_file):
+    path = rows_file({"messages": TWO_TURNS})
+    with pytest.raises(
+        UserError, match=r"no sample is left of 1 rows .* 2 longer than 10 tokens \(the shortest has \d+\)"
+    ):
+        compile_samples([path], max_length=10)
+
+
+def test_unknown_format(rows_file):
+    with pytest.raises(ConfigError, match="'mesages' is not known; use one of messages"):
+        compile_samples([rows_file({"messages": TWO_TURNS})], format="mesages", max_length=512)
+
+
+def test_split_keeps_a_rows_generations_together(rows_file):
+    path = rows_file(*[{"messages": TWO_TURNS}] * 20)
+    samples = compile_samples([path], max_length=512).samples
+    train, held_out = split_rows(samples, 0.1, seed=3)
+    assert (len(train), len(held_out)) == (36, 4)
+    assert not {sample.row for sample in train} & {sample.row for sample in held_out}
+    assert split_rows(samples, 0.1, seed=3) == (train, held_out)
+    assert any(split_rows(samples, 0.1, seed)[1] != held_out for seed in range(5))
+
+
+def test_split_never_empties_a_side(rows_file):
+    (sample, *_) = compile_samples([rows_file({"messages": TWO_TURNS})], max_length=512).samples
+    two_rows = [sample, replace(sample, row="other")]
+    assert [len(side) for side in split_rows(two_rows, 0.01, seed=0)] == [1, 1]
+    assert [len(side) for side in split_rows(two_rows, 0.99, seed=0)] == [1, 1]
+    assert split_rows([sample], 0, seed=0) == ([sample], [])
+    with pytest.raises(UserError, match="at least two rows"):
+        split_rows([sample], 0.1, seed=0)
+
+
+def test_dataset_columns(rows_file):
+    samples = compile_samples([rows_file({"messages": TWO_TURNS})], max_length=512).samples
+    dataset = to_dataset(samples)
+    assert dataset.column_names == ["input_ids", "labels", "length"]
+    for row, sample in zip(dataset, samples, strict=True):
+        assert row == {"input_ids": sample.input_ids, "labels": sample.labels, "length": len(sample.input_ids)}
