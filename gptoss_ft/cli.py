@@ -4,11 +4,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from gptoss_ft import __version__
 from gptoss_ft.config import schema
 from gptoss_ft.config.catalog import choices, did_you_mean, groups, keys, presets, shown, summary
 from gptoss_ft.errors import UserError
+
+if TYPE_CHECKING:
+    from gptoss_ft.model.spec import Layout
 
 HELP = ("-h", "--help", "help")
 
@@ -29,7 +33,7 @@ def init(words: list[str]) -> int:
     cfg = load_command(schema.InitCommand, words)
     from gptoss_ft.model.init import init_checkpoint
 
-    init_checkpoint(cfg.model, Path(cfg.out), seed=cfg.seed, layout=cfg.layout)
+    init_checkpoint(cfg.model, Path(cfg.out), seed=cfg.seed, layout=cast("Layout", cfg.layout.value))
     print(cfg.out)
     return 0
 

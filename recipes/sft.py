@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
-from transformers import GptOssForCausalLM, TrainingArguments
+from transformers import GptOssForCausalLM, PrinterCallback, TrainingArguments
 
 from gptoss_ft.adapters.attach import Targets, attach_adapters
 from gptoss_ft.adapters.save import save_adapter
@@ -42,13 +42,13 @@ def main(cfg: TrainConfig) -> Path:
     if PartialState().is_main_process:
         run.write_origin(to_yaml(cfg))
 
-    trainer = make_trainer(model, train_set, eval_set, run, cfg.trainer, base_path=cfg.model.path, seed=cfg.seed)
+    trainer = make_trainer(model, train_set, eval_set, run, cfg.trainer, cfg.seed)
     before = trainer.evaluate() if eval_set else {}
     trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
     after = trainer.evaluate() if eval_set else {}
 
     if PartialState().is_main_process:
-        save_adapter(model, run.adapter, base_path=cfg.model.path)
+        save_adapter(model, run.adapter)
         write_json(run.summary, summarise(trainer, before, after))
         # Exports stream from the files: the trained model is not needed, and its memory is.
         del trainer, model, base
@@ -144,8 +144,6 @@ def make_trainer(
     eval_set: Dataset | None,
     run: RunFolder,
     cfg: TrainerConfig,
-    *,
-    base_path: str,
     seed: int,
 ) -> SftTrainer:
     """transformers' Trainer by the trainer section, with our loss, audit, metrics and progress bar."""
@@ -157,9 +155,11 @@ def make_trainer(
         data_collator=PaddingCollator(pad_token_id=model.config.pad_token_id),
         loss_chunk_size=cfg.loss_chunk_size,
     )
+    # Trainer prints its logs where there is no bar of its own; ours shows them.
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(AuditCallback(model, run.audit))
     trainer.add_callback(MetricsCallback(run.metrics))
-    trainer.add_callback(PortableCheckpointCallback(model, base_path))
+    trainer.add_callback(PortableCheckpointCallback(model))
     trainer.add_callback(ProgressCallback())
     return trainer
 
@@ -182,9 +182,10 @@ def training_arguments(cfg: TrainerConfig, run: RunFolder, seed: int) -> Trainin
         optim=cfg.optim.value,
         weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.max_grad_norm,
-        gradient_checkpointing=cfg.gradient_checkpointing,
-        # Reentrant checkpoints need an input that requires a gradient, and the embeddings are frozen.
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        # Its new name in transformers; reentrant ones would need an input that requires a gradient, and the
+        # embeddings are frozen.
+        activation_checkpointing=cfg.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=cfg.logging_steps,
         eval_strategy="steps" if cfg.eval_steps else "no",
         eval_steps=cfg.eval_steps or None,

@@ -20,24 +20,26 @@ CONFIG_FILE = "adapter_config.json"
 PARAMETERS = {ROUTER: "mlp.router.weight", **{name: f"mlp.experts.{name}" for name in PROJECTIONS}}
 _KEY = re.compile(
     r"base_model\.model\.model\.layers\.(?P<layer>\d+)\."
-    r"(?:self_attn|mlp)\.(?P<module>\w+)(?P<inner>\.base_layer)?\.lora_[AB]\.weight"
+    r"(?:self_attn\.(?P<attention>[qkvo]_proj)|mlp\.(?:(?P<router>router)|experts(?P<inner>\.base_layer)?))"
+    r"\.lora_[AB]\.weight"
 )
 
 
-def save_adapter(model: PeftModel, folder: Path, *, base_path: str) -> Path:
-    """Write the active adapter as `adapter_model.safetensors` and `adapter_config.json`.
-
-    Args:
-        base_path: recorded as `base_model_name_or_path`.
-    """
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in get_peft_model_state_dict(model).items()}
+def save_adapter(model: PeftModel, folder: Path) -> Path:
+    """Write the active adapter as `adapter_model.safetensors` and `adapter_config.json`."""
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in lora_state(model).items()}
     with whole_folder(folder, num_bytes=sum(tensor.nbytes for tensor in state.values())) as partial:
         save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        portable_config(model, base_path).save_pretrained(partial)
+        portable_config(model).save_pretrained(partial)
     return folder
 
 
-def portable_config(model: PeftModel, base_path: str) -> LoraConfig:
+def lora_state(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors by the names that PEFT saves; looks for no embeddings, which are never adapted."""
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def portable_config(model: PeftModel) -> LoraConfig:
     """The adapter's config with the expert stacks under `target_parameters`, where stock PEFT looks for them."""
     layers = lora_layers(model)
     # Short names when every layer is adapted, as servers expect; else one suffix per layer.
@@ -56,7 +58,6 @@ def portable_config(model: PeftModel, base_path: str) -> LoraConfig:
         target_parameters=list(dict.fromkeys(parameters)) or None,
         # PEFT refuses parameters with a dropout, which only matters in training.
         lora_dropout=0.0 if parameters else config.lora_dropout,
-        base_model_name_or_path=base_path,
         inference_mode=True,
     )
 
@@ -80,6 +81,7 @@ def load_adapter(model: GptOssForCausalLM, folder: Path | str) -> tuple[PeftMode
         raise UserError(f"{folder / WEIGHTS_FILE} is damaged or cut short ({error})") from error
     targets = targets_of(state, config, num_layers=model.config.num_hidden_layers, where=folder)
     config.inference_mode = False
+    config.base_model_name_or_path = model.name_or_path
     peft_model, attached = attach_config(model, config, targets)
     _check_state(peft_model, state, where=folder)
     set_peft_model_state_dict(peft_model, state)
@@ -95,8 +97,8 @@ def targets_of(state: dict[str, Tensor], config: LoraConfig, *, num_layers: int,
         match = _KEY.fullmatch(key)
         if match is None:
             raise UserError(f"{where}: {key} is not a LoRA tensor of gpt-oss")
-        name = match["module"]
-        if name == "experts":
+        name = match["attention"] or match["router"]
+        if name is None:
             name = "gate_up_proj" if match["inner"] else _outer_projection(state, config, match["layer"])
         found.add((int(match["layer"]), name))
     layers, names = sorted({layer for layer, _ in found}), {name for _, name in found}
@@ -119,7 +121,7 @@ def _outer_projection(state: dict[str, Tensor], config: LoraConfig, layer: str) 
 
 
 def _check_state(model: PeftModel, state: dict[str, Tensor], *, where: Path) -> None:
-    wanted = get_peft_model_state_dict(model)
+    wanted = lora_state(model)
     for name in sorted(wanted.keys() | state.keys()):
         if name not in state:
             raise UserError(f"{where}: tensor {name} is missing")

@@ -112,6 +112,6 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
 
 def nearest_sibling(path: Path) -> str:
-    """A hint with the name in the same folder that is most like a missing one."""
-    folder = path.parent
-    return did_you_mean(str(path), [str(folder / other.name) for other in folder.iterdir()]) if folder.is_dir() else ""
+    """A hint with the other name in the same folder that is most like `path`."""
+    others = [str(other) for other in path.parent.iterdir() if other != path] if path.parent.is_dir() else []
+    return did_you_mean(str(path), others)

@@ -46,6 +46,13 @@ class CompiledSamples:
     tokens: int
     loss_tokens: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.rows} rows ({self.rows_without_thinking} without thinking), {self.generations} generations; "
+            f"dropped {self.dropped_too_long} as too long and {self.dropped_without_loss} without loss; "
+            f"kept {len(self.samples)} samples of {self.tokens} tokens, {self.loss_tokens} of them with loss"
+        )
+
 
 def compile_samples(
     paths: Sequence[str | Path],

@@ -102,6 +102,8 @@ def load_base(
             logging.enable_progress_bar()
     model.requires_grad_(False)
     model.config.use_cache = False
+    # What PEFT records as the base of an adapter.
+    model.name_or_path = str(path)
     return model.to(device).eval()
 
 

@@ -243,8 +243,12 @@ class GptOssSpec:
         foreign = sorted(config.keys() - ORIGINAL_KEYS.keys())
         if foreign:
             raise UserError(f"{where}: {', '.join(foreign)} does not belong in an original gpt-oss config")
-        context = round(config["initial_context_length"] * config["rope_scaling_factor"])
-        return cls(**{name: config[key] for key, name in ORIGINAL_KEYS.items()}, max_position_embeddings=context)
+        sizes = {name: config[key] for key, name in ORIGINAL_KEYS.items()}
+        sizes["max_position_embeddings"] = round(config["initial_context_length"] * config["rope_scaling_factor"])
+        # This config has no special ids: they are harmony's, unless the vocabulary is too small to hold them.
+        for name in ("eos_token_id", "pad_token_id"):
+            sizes[name] = min(getattr(cls, name), config["vocab_size"] - 1)
+        return cls(**sizes)
 
     def _outer_tensors(self) -> dict[str, TensorSpec]:
         def bf16(*shape: int) -> TensorSpec:

@@ -122,5 +122,5 @@ def _nearest_codes(scaled: Tensor) -> Tensor:
     midpoints = midpoints.to(scaled)
     # bucketize keeps a midpoint in the lower bucket; where that is odd, the boundary moves just below the tie.
     midpoints[1::2] = torch.nextafter(midpoints[1::2], torch.zeros_like(midpoints[1::2]))
-    codes = torch.bucketize(scaled.abs(), midpoints, out_int32=True).to(torch.uint8)
+    codes = torch.bucketize(scaled.abs().contiguous(), midpoints, out_int32=True).to(torch.uint8)
     return codes | (torch.signbit(scaled).to(torch.uint8) * SIGN_BIT)

@@ -66,11 +66,10 @@ class MetricsCallback(TrainerCallback):
 class PortableCheckpointCallback(TrainerCallback):
     """Gives each checkpoint's adapter the config that stock PEFT can load; Trainer writes our in-memory one."""
 
-    def __init__(self, model: PeftModel, base_path: str) -> None:
+    def __init__(self, model: PeftModel) -> None:
         self.model = model
-        self.base_path = base_path
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            portable_config(self.model, self.base_path).save_pretrained(folder)
+            portable_config(self.model).save_pretrained(folder)

@@ -52,6 +52,9 @@ def test_counts(rows_file):
     compiled = compile_samples([path, other], max_length=200)
     assert (compiled.rows, compiled.rows_without_thinking, compiled.generations) == (4, 1, 6)
     assert (compiled.dropped_too_long, compiled.dropped_without_loss, len(compiled.samples)) == (1, 2, 3)
+    assert str(compiled).startswith(
+        "4 rows (1 without thinking), 6 generations; dropped 1 as too long and 2 without loss; kept 3 samples of"
+    )
     assert compiled.tokens == sum(len(sample.input_ids) for sample in compiled.samples)
     assert compiled.loss_tokens == sum(token != -100 for sample in compiled.samples for token in sample.labels)
 
@@ -77,8 +80,8 @@ def test_nothing_left_is_an_error(rows_file):
 
 
 def test_unknown_format(rows_file):
-    with pytest.raises(ConfigError, match="'mesages' is not known; use one of messages"):
-        compile_samples([rows_file({"messages": TWO_TURNS})], format="mesages", max_length=512)
+    with pytest.raises(ConfigError, match="'message' is not known; use one of messages"):
+        compile_samples([rows_file({"messages": TWO_TURNS})], format="message", max_length=512)
 
 
 def test_split_keeps_a_rows_generations_together(rows_file):

@@ -171,6 +171,7 @@ BAD_ROWS = {
     "messages[3]: is a tool result without a call": {
         "messages": [USER, calls(call()), result("r"), result("r"), ANSWER]
     },
+    "messages[3]: is a tool result without": {"messages": [USER, calls(call()), ANSWER, result("late")]},
     "messages[2].tool_call_id: '9' is not the id of an open call; those are ['1']": {
         "messages": [USER, calls(call(id_="1")), result("r", tool_call_id="9"), ANSWER]
     },

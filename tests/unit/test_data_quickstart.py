@@ -12,7 +12,7 @@ import pytest
 from gptoss_ft.data.dataset import compile_samples
 from gptoss_ft.harmony.vocabulary import decode
 
-FOLDER = Path(str(files("gptoss_ft"))) / "assets" / "quickstart"
+FOLDER = Path(str(files("gptoss_ft") / "assets" / "quickstart"))
 BUILD_DATA = Path(__file__).parents[2] / "examples" / "quickstart" / "build_data.py"
 
 

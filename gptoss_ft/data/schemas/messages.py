@@ -67,6 +67,8 @@ def _messages(entries: list[Field], tools: tuple[Tool, ...]) -> Iterator[Message
                 for message, call_id in _assistant_messages(entry, tools):
                     if message.is_call:
                         open_calls[len(messages)] = call_id
+                    elif message.is_final:
+                        open_calls.clear()
                     messages.append(message)
             case role:
                 open_calls.clear()

@@ -1,0 +1,119 @@
+"""The command line: help without heavy imports, exit codes, and errors on one line of stderr."""
+
+import subprocess
+import sys
+
+import pytest
+
+from gptoss_ft import __version__, cli
+from gptoss_ft.config import schema
+from gptoss_ft.config.catalog import keys
+from gptoss_ft.errors import UserError
+
+HEAVY = ("torch", "transformers", "hydra", "omegaconf", "numpy", "yaml")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["init", "-h"], ["--version"], ["trian"]])
+def test_answers_without_heavy_imports(words):
+    probe = f"import sys; from gptoss_ft.cli import main; main({words}); print(*(set({HEAVY}) & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("\n\n") or result.stdout == "\n"
+
+
+def test_overview_names_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name:<8} {command.meaning}" in text
+    assert cli.main([]) == 2
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_manual_explains_every_key_and_teaches_by_example(name, capsys):
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    for key in keys(cli.COMMANDS[name].config).values():
+        assert f"  {key.name}=" in text
+        assert key.meaning in text
+    assert f"  gptoss-ft {name} " in text
+
+
+def test_manual_shows_defaults_as_they_are_typed(capsys):
+    cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    for line in (
+        "run.dir=(required)",
+        "adapter.targets=[attention,experts]",
+        "adapter.layers=null",
+        "run.resume=false",
+    ):
+        assert f"  {line}\n" in text
+    assert "  quickstart     gptoss-ft train config=quickstart\n" in text
+
+
+@pytest.mark.parametrize(
+    "example",
+    [example for command in cli.COMMANDS.values() for example in command.examples],
+)
+def test_examples_are_accepted(example, tmp_path, monkeypatch):
+    from gptoss_ft.config import load
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("run: {dir: r}\nmodel: {path: m}\n")
+    _, name, *words = example.split()
+    if name == "train":
+        load.compose_train_config(words)
+    else:
+        monkeypatch.setattr(load, "check_paths", lambda config: None)
+        load.load_command(cli.COMMANDS[name].config, words)
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gptoss-ft {__version__}\n"
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    assert cli.main(["trian", "config=quickstart"]) == 2
+    assert capsys.readouterr().err == "error: unknown command 'trian': did you mean 'train'?\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "config=quickstart", "trainer.max_step=3"],
+        ["train", "config=./none.yaml"],
+        ["init", "model=tiny"],
+        ["export", "run=none", "format=mxfp4", "out=x"],
+        ["verify", "run=none", "path=x"],
+    ],
+)
+def test_bad_words_exit_2_on_one_line_and_write_nothing(words, tmp_path):
+    command = [sys.executable, "-m", "gptoss_ft", *words]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [(UserError("the disk is full"), 1, "error: the disk is full\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
+)
+def test_a_command_that_stops_says_why(raised, code, message, capsys, monkeypatch):
+    def stop(words: list[str]) -> int:
+        raise raised
+
+    monkeypatch.setitem(cli.COMMANDS, "init", cli.Command(stop, schema.InitCommand, "", ()))
+    assert cli.main(["init"]) == code
+    assert capsys.readouterr().err == message
+
+
+def test_bugs_are_not_hidden(monkeypatch):
+    def fail(words: list[str]) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(cli.COMMANDS, "init", cli.Command(fail, schema.InitCommand, "", ()))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["init"])
