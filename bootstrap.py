@@ -4,8 +4,13 @@
 python3 bootstrap.py quickstart [key=value ...]     train, export and verify the tiny model
 python3 bootstrap.py test [pytest arguments ...]    run the tests
 python3 bootstrap.py install                        only install
-python3 bootstrap.py check                          the tests (slow ones too), and the linters
+python3 bootstrap.py check                          the linters, and all tests, slow ones too
+
+GPTOSS_FT_VENV names another folder than `.venv`.
 """
+
+# Old Pythons must get as far as being told that they are old.
+from __future__ import annotations
 
 import importlib.util
 import os
@@ -18,7 +23,7 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-VENV = ROOT / ".venv"
+VENV = Path(os.environ.get("GPTOSS_FT_VENV") or ROOT / ".venv").absolute()
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 TORCH = "torch==2.13.*"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"

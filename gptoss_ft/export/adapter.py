@@ -66,18 +66,18 @@ def read_adapter(folder: Path, spec: GptOssSpec) -> dict[str, LowRankDelta]:
     return deltas
 
 
-def export_adapter(folder: Path, out: Path, base: Checkpoint) -> dict[str, LowRankDelta]:
-    """Copy an adapter to the new folder `out` once it is known to fit `base`; returns what `read_adapter` does.
+def export_adapter(folder: Path, out: Path, base: Checkpoint) -> Path:
+    """Copy an adapter to the new folder `out` once it is known to fit `base`; returns `out`.
 
     Raises:
         UserError: as `read_adapter`, or if `out` exists; nothing is left behind.
     """
-    deltas = read_adapter(folder, base.spec)
+    read_adapter(folder, base.spec)
     files = [Path(folder) / name for name in COPIED if (Path(folder) / name).is_file()]
     with whole_folder(out, num_bytes=sum(file.stat().st_size for file in files)) as copy:
         for file in files:
             shutil.copyfile(file, copy / file.name)
-    return deltas
+    return Path(out)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

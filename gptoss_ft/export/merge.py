@@ -6,6 +6,8 @@ layout stores experts transposed.
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,13 +22,17 @@ from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.shards import Entry, write_shards
 from gptoss_ft.model.spec import QUANTIZATION_CONFIG, SPECS, GptOssSpec, TensorSpec, config_as_text
 from gptoss_ft.model.tokenizer import TOKENIZER_FILES, write_tokenizer_files
-from gptoss_ft.mxfp4.codec import dequantize_mxfp4, quantize_mxfp4
+from gptoss_ft.mxfp4.codec import BLOCK, dequantize_mxfp4, quantize_mxfp4
 from gptoss_ft.mxfp4.round import UpdateStats, measure_update, round_merged
 
 MergeFormat = Literal["bf16", "mxfp4"]
 
-# Rows handled at once: at 2,880 columns the fp32 and fp64 temporaries stay near 100 MB.
-CHUNK_ROWS = 512
+# Rows that a worker handles at once: at 2,880 columns its fp32 and fp64 temporaries stay near 30 MB.
+CHUNK_ROWS = 128
+MAX_WORKERS = 16
+
+# A relative error near 1 means that what was written is as far from the updated weight as the base is.
+LOST = 0.95
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,22 @@ class MergeReport:
     updates: dict[str, UpdateStats]
     num_copied: int
 
+    def __str__(self) -> str:
+        total = sum(self.updates.values(), UpdateStats())
+        lines = [f"{self.format}: {len(self.updates)} weights written anew, {self.num_copied} tensors copied"]
+        if total.update_sq:
+            lines.append(
+                f"updates of {total.relative_update:.2%} of the weights' norm: {total.retained:.1%} retained, "
+                f"error {total.relative_error:.1%} of the update"
+            )
+        lost = [name for name, stats in self.updates.items() if (stats.relative_error or 0) > LOST]
+        if lost:
+            lines.append(
+                f"{len(lost)} of {len(self.updates)} updates are too small for {self.format} and lost in rounding, "
+                f"first {lost[0]}: serve the adapter instead"
+            )
+        return "\n".join(lines)
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
@@ -95,8 +117,8 @@ def merge(
             disk is too small. Nothing is left behind.
     """
     check_deltas(base.spec, deltas)
-    job = _Job(base, deltas, format)
-    with whole_folder(out, num_bytes=base.spec.num_bytes(format)) as folder:
+    with whole_folder(out, num_bytes=base.spec.num_bytes(format)) as folder, _row_workers() as pool:
+        job = _Job(base, deltas, format, pool)
         _write_companions(base, folder, format)
         write_shards(folder, job.entries(), progress=progress)
     return MergeReport(format, job.updates, job.num_copied)
@@ -134,10 +156,13 @@ def weight_shapes(spec: GptOssSpec) -> dict[str, tuple[int, ...]]:
 class _Job:
     """The producers of one merge, and the statistics they gather while the file is written."""
 
-    def __init__(self, base: Checkpoint, deltas: Mapping[str, LowRankDelta], format: MergeFormat) -> None:
+    def __init__(
+        self, base: Checkpoint, deltas: Mapping[str, LowRankDelta], format: MergeFormat, pool: ThreadPoolExecutor
+    ) -> None:
         self.base = base
         self.deltas = deltas
         self.format = format
+        self.pool = pool
         self.packed = base.layout != "bf16"
         self.updates: dict[str, UpdateStats] = {}
         self.num_copied = 0
@@ -190,7 +215,7 @@ class _Job:
             if self.packed:
                 blocks, scales = self._packed_expert(name, expert)
                 if update:
-                    blocks, scales = self._add_to_packed(name, blocks, scales, update)
+                    self._add_to_packed(name, blocks, scales, update)
             else:
                 blocks, scales = self._round_to_mxfp4(name, self._expert_as_bf16(name, expert), update)
             scales_E.append(scales)
@@ -198,44 +223,61 @@ class _Job:
 
     def _add_as_bf16(self, name: str, weight: Tensor, factors: tuple[Tensor, Tensor], scaling: float) -> Tensor:
         merged = torch.empty(weight.shape, dtype=torch.bfloat16)
-        for rows in _chunks(weight.shape[0]):
+
+        def add(rows: slice) -> UpdateStats:
             base = weight[rows].float()
             target = base + _rows_of_update(factors, scaling, rows)
             merged[rows] = target.bfloat16()
-            self._record(name, measure_update(base, target, merged[rows].float()))
+            return measure_update(base, target, merged[rows].float())
+
+        self._over_rows(name, weight.shape[0], add)
         return merged
 
-    def _add_to_packed(
-        self, name: str, blocks: Tensor, scales: Tensor, update: Callable[[slice], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        for rows in _chunks(blocks.shape[0]):
+    def _add_to_packed(self, name: str, blocks: Tensor, scales: Tensor, update: Callable[[slice], Tensor]) -> None:
+        def add(rows: slice) -> UpdateStats:
             target = dequantize_mxfp4(blocks[rows], scales[rows], torch.float32) + update(rows)
             blocks[rows], scales[rows], stats = round_merged(target, blocks[rows], scales[rows])
-            self._record(name, stats)
-        return blocks, scales
+            return stats
+
+        self._over_rows(name, blocks.shape[0], add)
 
     def _round_to_mxfp4(
         self, name: str, weight: Tensor, update: Callable[[slice], Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        parts = []
-        for rows in _chunks(weight.shape[0]):
+        num_rows, groups = weight.shape[0], weight.shape[1] // BLOCK
+        blocks = torch.empty(num_rows, groups, BLOCK // 2, dtype=torch.uint8)
+        scales = torch.empty(num_rows, groups, dtype=torch.uint8)
+
+        def quantize(rows: slice) -> UpdateStats:
             base = target = weight[rows].float()
-            blocks, scales = quantize_mxfp4(base)
+            blocks[rows], scales[rows] = quantize_mxfp4(base)
             if update:
                 target = base + update(rows)
-                blocks, scales, _ = round_merged(target, blocks, scales)
-            parts.append((blocks, scales))
-            self._record(name, measure_update(base, target, dequantize_mxfp4(blocks, scales, torch.float32)))
-        blocks_parts, scales_parts = zip(*parts, strict=True)
-        return torch.cat(blocks_parts), torch.cat(scales_parts)
+                blocks[rows], scales[rows], _ = round_merged(target, blocks[rows], scales[rows])
+            return measure_update(base, target, dequantize_mxfp4(blocks[rows], scales[rows], torch.float32))
 
-    def _record(self, name: str, stats: UpdateStats) -> None:
-        self.updates[name] = self.updates.get(name, UpdateStats()) + stats
+        self._over_rows(name, num_rows, quantize)
+        return blocks, scales
+
+    def _over_rows(self, name: str, num_rows: int, work: Callable[[slice], UpdateStats]) -> None:
+        chunks = [slice(start, start + CHUNK_ROWS) for start in range(0, num_rows, CHUNK_ROWS)]
+        self.updates[name] = sum(self.pool.map(work, chunks), self.updates.get(name, UpdateStats()))
 
 
-def _chunks(num_rows: int) -> Iterator[slice]:
-    for start in range(0, num_rows, CHUNK_ROWS):
-        yield slice(start, min(start + CHUNK_ROWS, num_rows))
+@contextmanager
+def _row_workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that each run whole chunks on one core.
+
+    Torch's own threads meet after every operation, which on a machine with other work to do made merging 20 times
+    slower than one thread.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(num_threads, MAX_WORKERS)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _rows_of_update(factors: tuple[Tensor, Tensor], scaling: float, rows: slice) -> Tensor:

@@ -194,7 +194,7 @@ def _original_names(reference_checkpoint: type[Any]) -> type[Any]:
     Its decoding of MXFP4 is untouched; dense experts, which its layout does not have, are turned to [E, out, in].
     """
 
-    class HuggingFaceNames(reference_checkpoint):  # type: ignore[misc]
+    class HuggingFaceNames(reference_checkpoint):
         def __init__(self, checkpoint: Checkpoint) -> None:
             super().__init__(str(checkpoint.path), torch.device("cpu"))
             self.dense = checkpoint.layout == "bf16"

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,10 +52,12 @@ def test_manual_shows_defaults_as_they_are_typed(capsys):
     assert "  quickstart     gptoss-ft train config=quickstart\n" in text
 
 
-@pytest.mark.parametrize(
-    "example",
-    [example for command in cli.COMMANDS.values() for example in command.examples],
-)
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+EXAMPLES = [example for command in cli.COMMANDS.values() for example in command.examples]
+EXAMPLES += [line.strip() for line in README.splitlines() if line.startswith("    gptoss-ft ")]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_are_accepted(example, tmp_path, monkeypatch):
     from gptoss_ft.config import load
 

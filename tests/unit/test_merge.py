@@ -121,6 +121,14 @@ def test_what_has_no_update_keeps_its_bytes(bases, layout, format, tmp_path):
     assert list(report.updates) == [GATE_UP]
 
 
+@pytest.mark.parametrize(("share", "lost"), [(0.3, False), (0.001, True)])
+def test_an_update_that_rounding_loses_is_reported(base, tmp_path, share, lost):
+    delta = make_delta(base.spec, GATE_UP, share=share)
+    report = merge(base, {GATE_UP: delta}, tmp_path / "out", format="mxfp4", progress=False)
+    assert (f"1 of 1 updates are too small for mxfp4 and lost in rounding, first {GATE_UP}" in str(report)) == lost
+    assert json.loads(json.dumps(report.to_dict()))["tensors"][GATE_UP]["retained"] == report.updates[GATE_UP].retained
+
+
 def test_no_update_at_all_is_a_copy(base, tmp_path):
     report = merge(base, {}, tmp_path / "out", format="mxfp4", progress=False)
     for file in ("config.json", "model.safetensors"):
@@ -230,6 +238,8 @@ def peft_adapter(bases, tmp_path):
     return build
 
 
+# PEFT applies patterns to parameters, yet warns that they match no module.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters_mean_what_stock_peft_takes_them_for(bases, peft_adapter, kind):
     folder, merged = peft_adapter(kind)
@@ -308,7 +318,7 @@ def test_an_adapter_of_another_base_is_refused(bases, peft_adapter):
 def test_exporting_an_adapter_copies_what_serves_it(bases, peft_adapter, tmp_path):
     folder, _ = peft_adapter("everything")
     (folder / "optimizer.pt").write_text("not needed to serve")
-    export_adapter(folder, tmp_path / "out", bases["mxfp4"])
+    assert export_adapter(folder, tmp_path / "out", bases["mxfp4"]) == tmp_path / "out"
     copied = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert copied.keys() == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert all((folder / name).read_bytes() == data for name, data in copied.items())

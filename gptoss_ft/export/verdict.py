@@ -1,0 +1,257 @@
+"""The bounds that an export has to keep, and the report that says whether it does.
+
+Random LoRA on four small shapes gave the measurements quoted below: attention, experts, and all with the router, at
+three strengths each.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any, cast
+
+from gptoss_ft.export.distance import Distances, quantile
+from gptoss_ft.export.weights import Kind, WeightDistance
+
+# Two fp32 implementations of one model differ in the order of sums: 95 % of the positions were within 1e-6. The few
+# beyond it may be ties between experts that fall differently.
+SAME_MODEL_P95 = 1e-4
+
+# Largest |exported - trained| / |trained| of any block of 32 weights. bf16 rounds to 8 significant bits: 2^-8, and a
+# little for the order of the sums behind the numbers rounded. MXFP4 to nearest: at worst 0.393, with one element at
+# 3.5 scales and all others at a quarter of one; 0.09 was seen. A swapped row is off by about 1.4, a zeroed scale by 1.
+# An adapter's factors may have been rescaled, in fp32, on the way: their product counts.
+WEIGHT_BOUNDS: dict[Kind, float] = {"copied": 0.0, "update": 1e-5, "bf16": 1.01 * 2**-8, "mxfp4": 0.4}
+
+# bf16 arithmetic, in which every server runs these models, moves logits by 0.8 % of their spread. Rounding weights to
+# bf16 did so by 0.2 to 0.6 %. Below this nobody can see whether an export kept a change.
+ARITHMETIC_NOISE = 1e-2
+
+# Share of the training's effect that may be lost, as median KL from the trained model over that of the base. Medians,
+# because rounding flips the choice of experts at single positions, which then dominate any mean. Above the noise bf16
+# lost at most 1 %... MXFP4 lost 30 % where attention and experts were trained, and all of it in experts alone.
+LOST_SHARE = {"bf16": 0.05, "mxfp4": 0.5}
+
+SERVE_ADAPTER = "serve the adapter beside the base (format=adapter), which loses nothing"
+CURES = {
+    "bf16": SERVE_ADAPTER,
+    "mxfp4": f"{SERVE_ADAPTER}, export format=bf16, or train adapter.targets=attention, which stays bf16 in it",
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one program made of the export.
+
+    Attributes:
+        from_first: distances from what the first program computed; None for the first.
+    """
+
+    program: str
+    is_ours: bool
+    from_trained: Distances
+    from_first: Distances | None = None
+
+
+@dataclass(frozen=True)
+class WeightCheck:
+    """Every weight against what was trained, experts singly: the worst of each kind, and those out of bounds."""
+
+    num_compared: int
+    worst: dict[Kind, WeightDistance]
+    outside: list[WeightDistance]
+
+    @classmethod
+    def of(cls, distances: Iterable[WeightDistance]) -> "WeightCheck":
+        num_compared = 0
+        worst: dict[Kind, WeightDistance] = {}
+        outside = []
+        for distance in distances:
+            num_compared += 1
+            if distance.worst > WEIGHT_BOUNDS[distance.kind]:
+                outside.append(distance)
+            if distance.kind not in worst or distance.worst > worst[distance.kind].worst:
+                worst[distance.kind] = distance
+        return cls(num_compared, worst, outside)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """How far an export is from the trained model.
+
+    Attributes:
+        places: row, generation and token of every compared position.
+        base: distances of the base without the adapter from the trained model: the effect of the training.
+        not_run: programs that did not open the export, and why.
+    """
+
+    export: Path
+    format: str
+    places: list[str]
+    base: Distances
+    readings: list[Reading]
+    not_run: dict[str, str]
+    weights: WeightCheck
+
+    @property
+    def failures(self) -> list[str]:
+        """Every bound that is not kept, with numbers and cure; empty if the export is good."""
+        return [*self._damage(), *self._disagreement(), *self._lost_training()]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    @property
+    def notes(self) -> list[str]:
+        """What the reader of a passed report should know all the same."""
+        effect = quantile(self.base.relative, 0.5)
+        if effect == 0:
+            return ["the adapter changes nothing on these rows, so that the export keeps it says little"]
+        if self.format != "adapter" and effect <= ARITHMETIC_NOISE:
+            return [
+                f"the training moves the logits by {effect:.1e}, less than bf16 arithmetic does "
+                f"({ARITHMETIC_NOISE:.0e}): whether the export keeps that much cannot be told"
+            ]
+        return []
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: verdict, bounds, summaries, and the numbers of every position; what is not finite becomes None."""
+        columns = {"base": self.base, **{reading.program: reading.from_trained for reading in self.readings}}
+        content = {
+            "export": str(self.export),
+            "format": self.format,
+            "passed": self.passed,
+            "failures": self.failures,
+            "notes": self.notes,
+            "bounds": {
+                "readers_agree_relative_p95": SAME_MODEL_P95,
+                "weight_block_relative": WEIGHT_BOUNDS,
+                "arithmetic_noise_relative_median": ARITHMETIC_NOISE,
+                "lost_share": LOST_SHARE.get(self.format),
+            },
+            "distance_from_trained": {name: distances.summary() for name, distances in columns.items()},
+            "distance_from_first_reader": {
+                reading.program: reading.from_first.summary() for reading in self.readings if reading.from_first
+            },
+            "not_run": self.not_run,
+            "weights": {
+                "num_compared": self.weights.num_compared,
+                "num_outside": len(self.weights.outside),
+                "worst": {kind: {"weight": w.place, "relative": w.worst} for kind, w in self.weights.worst.items()},
+            },
+            "positions": {
+                "place": self.places,
+                **{
+                    name: {
+                        "kl_nats": distances.kl_nats.tolist(),
+                        "relative": distances.relative.tolist(),
+                        "same_top": distances.same_top.tolist(),
+                    }
+                    for name, distances in columns.items()
+                },
+            },
+        }
+        return cast(dict[str, Any], _finite(content))
+
+    def __str__(self) -> str:
+        verdict = "PASSED" if self.passed else "FAILED"
+        rows = len({place.rpartition(" generation ")[0] for place in self.places})
+        lines = [
+            f"{verdict}  {self.export} ({self.format}) at {len(self.places)} positions of {rows} rows",
+            f"  {'distance from the':24}{'KL, nats':^40}{'logits, relative':^40}{'same top':>8}",
+            f"  {'trained model':24}{_HEADINGS * 2}{'token':>8}",
+            _line("base without adapter", self.base),
+            *(_line(reading.program, reading.from_trained) for reading in self.readings),
+        ]
+        agreeing = [quantile(reading.from_first.relative, 0.95) for reading in self.readings if reading.from_first]
+        if agreeing:
+            lines.append(f"  readers within {max(agreeing):.1e} of the first at 95 % (bound {SAME_MODEL_P95:.0e})")
+        lines += [f"  not run: {program}: {reason}" for program, reason in self.not_run.items()]
+        kinds = [
+            f"{kind} {found.worst:.2g} (bound {WEIGHT_BOUNDS[kind]:.2g})" for kind, found in self.weights.worst.items()
+        ]
+        lines.append(f"  worst block of {self.weights.num_compared} weights, relative: {', '.join(kinds)}")
+        lines += [f"  far: {line}" for line in self._farthest()]
+        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  failed: {failure}" for failure in self.failures]
+        return "\n".join(lines)
+
+    def _damage(self) -> list[str]:
+        if not self.weights.outside:
+            return []
+        worst = max(self.weights.outside, key=lambda distance: distance.worst)
+        allowed = f"{worst.kind} allows {WEIGHT_BOUNDS[worst.kind]:.2g}"
+        return [
+            f"{len(self.weights.outside)} of {self.weights.num_compared} weights are not what was trained; "
+            f"{worst.place} is off by {worst.worst:.2g} in a block, where {allowed}: "
+            "the file is damaged or of another run, export again"
+        ]
+
+    def _disagreement(self) -> list[str]:
+        first = self.readings[0].program if self.readings else ""
+        return [
+            f"{reading.program} and {first} differ by {apart:.1e} at 95 % of the positions, where the order of sums "
+            f"explains {SAME_MODEL_P95:.0e}: the file does not mean the same to both, do not serve it"
+            for reading in self.readings
+            if reading.from_first and (apart := quantile(reading.from_first.relative, 0.95)) > SAME_MODEL_P95
+        ]
+
+    def _lost_training(self) -> list[str]:
+        independent = [reading for reading in self.readings if not reading.is_ours]
+        if not independent:
+            reasons = "; ".join(f"{program}: {reason}" for program, reason in self.not_run.items())
+            return [f"no other program opened it ({reasons})"]
+        judge = self._adapter_fault if self.format == "adapter" else self._merge_fault
+        return [fault for reading in independent if (fault := judge(reading))]
+
+    def _adapter_fault(self, reading: Reading) -> str | None:
+        apart = quantile(reading.from_trained.relative, 0.95)
+        if apart <= SAME_MODEL_P95:
+            return None
+        return (
+            f"{reading.program}: 95 % of the positions are within {apart:.1e} of the trained model, and an adapter is "
+            f"to be within {SAME_MODEL_P95:.0e}: export again"
+        )
+
+    def _merge_fault(self, reading: Reading) -> str | None:
+        if quantile(reading.from_trained.relative, 0.5) <= ARITHMETIC_NOISE:
+            return None
+        effect, left = (quantile(distances.kl_nats, 0.5) for distances in (self.base, reading.from_trained))
+        allowed = LOST_SHARE[self.format]
+        if left <= allowed * effect:
+            return None
+        return (
+            f"{reading.program}: median KL from the trained model is {left:.2g} nats, and the base's is {effect:.2g}; "
+            f"{self.format} is to stay below {allowed:.0%} of that: {CURES[self.format]}"
+        )
+
+    def _farthest(self, count: int = 3) -> list[str]:
+        """The positions that are farthest from the trained model for the first reader."""
+        if not self.readings:
+            return []
+        reading, base = self.readings[0].from_trained, self.base
+        order = reading.kl_nats.argsort(descending=True)[:count].tolist()
+        return [
+            f"{self.places[p]}: KL {reading.kl_nats[p]:.1e}, relative {reading.relative[p]:.1e} "
+            f"(base {base.kl_nats[p]:.1e}, {base.relative[p]:.1e})"
+            for p in order
+        ]
+
+
+_HEADINGS = "".join(f"{heading:>10}" for heading in ("median", "95 %", "max", "mean"))
+
+
+def _line(label: str, distances: Distances) -> str:
+    summary = distances.summary()
+    *numbers, same_top = summary.values()
+    return f"  {label:24}" + "".join(f"{number:10.1e}" for number in numbers) + f"{same_top:8.1%}"
+
+
+def _finite(content: object) -> object:
+    """The content with None for inf, which JSON cannot say."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not isfinite(content) else content

@@ -1,0 +1,201 @@
+"""Open an export with other programs and measure how far it is from the trained model.
+
+Three questions, since none of them answers the others: does the file hold the trained weights (every block of them),
+does it mean the same to every reader, and does what the readers compute keep the training's effect on real rows?
+P positions · V vocabulary
+"""
+
+import filecmp
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gptoss_ft.adapters.save import load_adapter
+from gptoss_ft.data.dataset import IGNORED_LABEL, Sample
+from gptoss_ft.errors import UserError
+from gptoss_ft.export.adapter import CONFIG_FILE, read_adapter
+from gptoss_ft.export.distance import Distances
+from gptoss_ft.export.readers import (
+    NotRun,
+    Reader,
+    open_with_gpt_oss,
+    open_with_peft,
+    open_with_transformers,
+    transformers_reader,
+)
+from gptoss_ft.export.verdict import Reading, VerifyReport, WeightCheck
+from gptoss_ft.export.weights import checkpoint_distances, delta_distances
+from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.load import load_base
+
+Format = Literal["adapter", "bf16", "mxfp4"]
+# What a server needs beside the weights; an export has each that its base has.
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """The start of a sample, as far as it is needed, and the positions whose next token carries loss."""
+
+    sample: Sample
+    input_ids_T: Tensor
+    positions_P: Tensor
+
+    @property
+    def places(self) -> list[str]:
+        """Row, generation and predicted token of each position."""
+        row = f"{self.sample.row} generation {self.sample.generation}"
+        return [f"{row} token {position + 1}" for position in self.positions_P.tolist()]
+
+
+def verify_export(
+    *, base: Path, adapter: Path, export: Path, samples: Sequence[Sample], max_tokens: int
+) -> VerifyReport:
+    """Compare an exported adapter or checkpoint with base + adapter, in fp32 on the CPU.
+
+    Holds one model at a time, and the logits of the compared positions twice (0.8 MB a position each).
+
+    Args:
+        base: the checkpoint that was trained on.
+        adapter: what training saved, in PEFT's layout.
+        samples: rows to compare on, used from the first on.
+        max_tokens: positions to compare at most, of those that carry loss.
+
+    Raises:
+        UserError: if the folder is no whole export of this base, or no sample carries loss.
+    """
+    base_checkpoint = Checkpoint.open(base)
+    format = check_export(base_checkpoint, export)
+    excerpts = select_positions(samples, max_tokens)
+    weights = check_weights(base_checkpoint, adapter, export, format)
+    trained_PV, base_distances = trained_logits(base_checkpoint, adapter, excerpts)
+    readings, not_run = read_export(base, export, format, excerpts, trained_PV)
+    return VerifyReport(
+        export=export,
+        format=format,
+        places=[place for excerpt in excerpts for place in excerpt.places],
+        base=base_distances,
+        readings=readings,
+        not_run=not_run,
+        weights=weights,
+    )
+
+
+def check_export(base: Checkpoint, export: Path) -> Format:
+    """The format of an exported folder, once it is known to be a whole one of this base.
+
+    Raises:
+        UserError: naming the file, tensor or size at fault.
+    """
+    if (export / CONFIG_FILE).is_file():
+        read_adapter(export, base.spec)
+        return "adapter"
+    checkpoint = Checkpoint.open(export)
+    if checkpoint.layout == "original":
+        raise UserError(f"{export} is in the original layout, which is no export format: give an exported folder")
+    for name, value in vars(base.spec).items():
+        if getattr(checkpoint.spec, name) != value:
+            raise UserError(
+                f"{export / 'config.json'}: {name} is {getattr(checkpoint.spec, name)!r}, but the base has {value!r}: "
+                "it is no export of this run"
+            )
+    for name in COMPANIONS:
+        if not (base.path / name).is_file():
+            continue
+        if not (export / name).is_file():
+            raise UserError(f"{export} has no {name}: export again, or copy it from {base.path}")
+        if not filecmp.cmp(base.path / name, export / name, shallow=False):
+            raise UserError(f"{export / name} is not the base's: export again, or copy it from {base.path}")
+    return checkpoint.layout
+
+
+def select_positions(samples: Sequence[Sample], max_tokens: int) -> list[Excerpt]:
+    """The first `max_tokens` positions that carry loss, and the tokens up to them."""
+    excerpts: list[Excerpt] = []
+    remaining = max_tokens
+    for sample in samples:
+        # The logits of one position predict the token of the next.
+        positions = [t - 1 for t, label in enumerate(sample.labels) if t and label != IGNORED_LABEL][:remaining]
+        if positions:
+            ids = sample.input_ids[: positions[-1] + 1]
+            excerpts.append(Excerpt(sample, torch.tensor(ids), torch.tensor(positions)))
+            remaining -= len(positions)
+        if not remaining:
+            break
+    if not excerpts:
+        raise UserError("no token of the rows to compare on carries loss: give other rows with data=FILE")
+    return excerpts
+
+
+def check_weights(base: Checkpoint, adapter: Path, export: Path, format: Format) -> WeightCheck:
+    """Compare all weights, file with file."""
+    deltas = read_adapter(adapter, base.spec)
+    if format == "adapter":
+        return WeightCheck.of(delta_distances(deltas, read_adapter(export, base.spec)))
+    return WeightCheck.of(checkpoint_distances(base, deltas, Checkpoint.open(export)))
+
+
+def trained_logits(base: Checkpoint, adapter: Path, excerpts: Sequence[Excerpt]) -> tuple[Tensor, Distances]:
+    """The trained model's logits `[P, V]`, and how far the base without the adapter is from them."""
+    precision = "bf16" if base.layout == "bf16" else "mxfp4"
+    model, _ = load_adapter(load_base(base.path, precision=precision, dtype=torch.float32), adapter)
+    reader = transformers_reader(model)
+    trained = list(_logits(reader, excerpts))
+    with model.disable_adapter():
+        distances = Distances.join(
+            [Distances.between(*pair) for pair in zip(trained, _logits(reader, excerpts), strict=True)]
+        )
+    return torch.cat(trained), distances
+
+
+def read_export(
+    base: Path, export: Path, format: Format, excerpts: Sequence[Excerpt], trained_PV: Tensor
+) -> tuple[list[Reading], dict[str, str]]:
+    """What every reader that can open the export makes of it, and why the others cannot."""
+    readings: list[Reading] = []
+    not_run: dict[str, str] = {}
+    first_PV: Tensor | None = None
+    for program, open_export in _readers(base, export, format):
+        try:
+            reader = open_export()
+        except NotRun as reason:
+            not_run[program] = str(reason)
+            continue
+        logits_PV = torch.cat(list(_logits(reader, excerpts)))
+        del reader
+        from_first = None if first_PV is None else Distances.between(first_PV, logits_PV)
+        readings.append(
+            Reading(
+                program=f"{program} {version(program)}",
+                is_ours=program == "gptoss-ft",
+                from_trained=Distances.between(trained_PV, logits_PV),
+                from_first=from_first,
+            )
+        )
+        first_PV = logits_PV if first_PV is None else first_PV
+    return readings, not_run
+
+
+def _readers(base: Path, export: Path, format: Format) -> list[tuple[str, Callable[[], Reader]]]:
+    """Programs by their package's name, in order of trust; the first is what the others are compared with."""
+    if format == "adapter":
+        return [("peft", lambda: open_with_peft(base, export)), ("gpt-oss", _no_adapters)]
+    return [
+        ("transformers", lambda: open_with_transformers(export)),
+        ("gpt-oss", lambda: open_with_gpt_oss(export)),
+        ("gptoss-ft", lambda: transformers_reader(load_base(export, precision=format, dtype=torch.float32))),
+    ]
+
+
+def _no_adapters() -> Reader:
+    raise NotRun("it does not read adapters")
+
+
+def _logits(reader: Reader, excerpts: Sequence[Excerpt]) -> Iterator[Tensor]:
+    for excerpt in excerpts:
+        yield reader(excerpt.input_ids_T, excerpt.positions_P)

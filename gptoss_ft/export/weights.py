@@ -1,0 +1,120 @@
+"""Compare the weights in an export with what was trained, block by block, from file to file.
+
+Logits only show the weights that their tokens pass through, and in the mean over positions a damaged row drowns in
+the rounding. Here every number counts. O out rows · K in columns · E experts
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gptoss_ft.export.merge import LowRankDelta
+from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.mxfp4.codec import BLOCK, dequantize_mxfp4
+
+CHUNK_ROWS = 4096
+
+Kind = Literal["copied", "update", "bf16", "mxfp4"]
+
+
+@dataclass(frozen=True)
+class WeightDistance:
+    """The worst block of 32 inputs of a weight, or of an expert of a stack: |exported - trained| / |trained|.
+
+    Attributes:
+        name: HF name of the bf16 layout.
+        kind: what it is to be: unchanged, an adapter's update, or rounded to a format.
+    """
+
+    name: str
+    kind: Kind
+    worst: float
+    expert: int | None = None
+
+    @property
+    def place(self) -> str:
+        return self.name if self.expert is None else f"{self.name}, expert {self.expert}"
+
+
+def checkpoint_distances(
+    base: Checkpoint, deltas: Mapping[str, LowRankDelta], export: Checkpoint
+) -> Iterator[WeightDistance]:
+    """How far every tensor of a merged checkpoint is from base + deltas, experts one by one."""
+    for name, tensor in base.spec.tensors("bf16").items():
+        delta = deltas.get(name)
+        if len(tensor.shape) == 3:
+            for expert in range(tensor.shape[0]):
+                target_OK, found_OK = _expert(base, name, expert), _expert(export, name, expert)
+                changed = _add(target_OK, delta, expert)
+                yield WeightDistance(name, _kind(base, export, changed), worst_block(target_OK, found_OK), expert)
+        elif delta is not None:
+            target_OK = base.read(name).float()
+            changed = _add(target_OK, delta)
+            yield WeightDistance(name, "bf16" if changed else "copied", worst_block(target_OK, export.read(name)))
+        else:
+            num_rows = tensor.shape[0]
+            chunks = [(start, min(start + CHUNK_ROWS, num_rows)) for start in range(0, num_rows, CHUNK_ROWS)]
+            worst = max(worst_block(base.read(name, *rows), export.read(name, *rows)) for rows in chunks)
+            yield WeightDistance(name, "copied", worst)
+
+
+def delta_distances(
+    trained: Mapping[str, LowRankDelta], exported: Mapping[str, LowRankDelta]
+) -> Iterator[WeightDistance]:
+    """How far the updates of two adapters are apart, whatever their factors; a missing one counts as zero."""
+    for name in sorted(trained.keys() | exported.keys()):
+        present = trained.get(name) or exported[name]
+        for expert in range(len(present.A)) if present.A.dim() == 3 else [None]:
+            wanted_OK, found_OK = (_product(deltas.get(name), expert, like=present) for deltas in (trained, exported))
+            yield WeightDistance(name, "update", worst_block(wanted_OK, found_OK), expert)
+
+
+def worst_block(wanted: Tensor, found: Tensor) -> float:
+    """The largest |found - wanted| / |wanted| of a block of 32 columns; infinite if only `wanted` is 0, or for NaN."""
+    if torch.equal(wanted, found):
+        return 0.0
+    error, size = (_block_norms(values) for values in (found.float() - wanted.float(), wanted.float()))
+    ratio = torch.where(error == 0, 0.0, error / size)
+    return float(ratio.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
+
+
+def _block_norms(values: Tensor) -> Tensor:
+    # 32 is the block of MXFP4; a remainder, or a whole vector, fills up with zeros.
+    return pad(values, (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK)).norm(dim=-1)
+
+
+def _expert(checkpoint: Checkpoint, name: str, expert: int) -> Tensor:
+    """An expert's weight, fp32 [O, K]."""
+
+    def read(part: str) -> Tensor:
+        return checkpoint.read(part, expert, expert + 1)[0]
+
+    if checkpoint.layout == "bf16":
+        return read(name).T.float()
+    return dequantize_mxfp4(read(f"{name}_blocks"), read(f"{name}_scales"), torch.float32)
+
+
+def _add(weight_OK: Tensor, delta: LowRankDelta | None, expert: int | None = None) -> bool:
+    """Add the update in place; False if there is none."""
+    factors = delta.factors(expert) if delta else None
+    if delta is None or factors is None:
+        return False
+    up, down = factors
+    weight_OK += delta.scaling * (up.float() @ down.float())
+    return True
+
+
+def _kind(base: Checkpoint, export: Checkpoint, changed: bool) -> Kind:
+    if export.layout == "bf16":
+        return "bf16" if changed else "copied"
+    return "mxfp4" if changed or base.layout == "bf16" else "copied"
+
+
+def _product(delta: LowRankDelta | None, expert: int | None, *, like: LowRankDelta) -> Tensor:
+    product_OK = torch.zeros(like.B.shape[-2], like.A.shape[-1])
+    _add(product_OK, delta, expert)
+    return product_OK
