@@ -68,9 +68,16 @@ class ExpertsLora(nn.Module, LoraLayer):
             out_TH.register_hook(lambda grad_TH: self._note_reached(experts_TK, grad_TH))
         return out_TH
 
-    def watch_experts(self) -> None:
-        """From now on, note which experts have tokens whose outputs reach the loss."""
-        self.reached_E = torch.zeros(self.get_base_layer().num_experts, dtype=torch.bool)
+    def watch_experts(self, *, on: bool = True) -> None:
+        """Note from now on, in `reached_E`, which experts have tokens whose outputs reach the loss."""
+        self.reached_E = torch.zeros(self.get_base_layer().num_experts, dtype=torch.bool) if on else None
+
+    def by_expert(self, tensor: Tensor, matrix: str) -> Tensor:
+        """A view by expert of something in the layout of `lora_A`, `[E, R, in]`, or `lora_B`, `[E, out, R]`."""
+        num_experts = self.get_base_layer().num_experts
+        if matrix == "lora_A":
+            return tensor.view(num_experts, -1, tensor.shape[1])
+        return tensor.view(tensor.shape[0], -1, num_experts).permute(2, 0, 1)
 
     def nested(self) -> list["ExpertsLora"]:
         """This layer and the one it wraps, if any: one for each adapted projection."""
@@ -79,15 +86,16 @@ class ExpertsLora(nn.Module, LoraLayer):
 
     def low_rank(self) -> Sequence[LowRank]:
         """The active adapters' updates, as views of their parameters."""
-        num_experts = self.get_base_layer().num_experts
-        updates = []
-        for name in self.active_adapters:
-            if name in self.lora_A:
-                A, B = self.lora_A[name].weight, self.lora_B[name].weight
-                A_ERI = A.view(num_experts, -1, A.shape[1])
-                B_EOR = B.view(B.shape[0], -1, num_experts).permute(2, 0, 1)
-                updates.append(LowRank(A_ERI, B_EOR, self.scaling[name], self.experts))
-        return updates
+        return [
+            LowRank(
+                self.by_expert(self.lora_A[name].weight, "lora_A"),
+                self.by_expert(self.lora_B[name].weight, "lora_B"),
+                self.scaling[name],
+                self.experts,
+            )
+            for name in self.active_adapters
+            if name in self.lora_A
+        ]
 
     def _note_reached(self, experts_TK: Tensor, grad_TH: Tensor) -> None:
         # Padding is routed too, and in the last layer so are prompts: their gradient is zero, and no expert learns by it.

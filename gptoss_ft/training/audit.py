@@ -1,4 +1,4 @@
-"""Did every tensor that should learn get a gradient? Asked of the first two optimiser steps, and answered by count."""
+"""Did every tensor that should learn get a gradient? Asked before the first optimiser steps, and answered by count."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,25 +16,31 @@ from gptoss_ft.training.run_folder import write_json
 
 @dataclass(frozen=True)
 class GradientAudit:
-    """What the audit found: adapter tensors with a gradient, and experts that no token with loss has reached."""
+    """What the audit found.
+
+    Attributes:
+        num_tensors: adapter tensors with a gradient, a stack of experts being one.
+        num_expert_tensors: single experts in these stacks, each with a gradient of its own.
+        experts_without_tokens: by stack, the experts that no token with loss has reached.
+    """
 
     num_tensors: int
     num_expert_tensors: int
     experts_without_tokens: dict[str, list[int]]
 
     def __str__(self) -> str:
-        text = f"all {self.num_tensors} adapter tensors have a gradient"
+        text = f"{self.num_tensors} adapter tensors have a gradient"
         if self.num_expert_tensors:
-            text += f", in them {self.num_expert_tensors} of single experts"
+            text += f", and each of the {self.num_expert_tensors} experts in them that a token reached"
         unreached = sum(map(len, self.experts_without_tokens.values()))
-        return text + (f"; {unreached} expert stacks got no token yet" if unreached else "")
+        return text + (f"; {unreached} experts got no token in this step" if unreached else "")
 
 
 class AuditCallback(TrainerCallback):
-    """Looks at the gradients of the first two optimiser steps, writes what it finds, and stops if one is missing.
+    """Looks at the gradients of the first step and of the first step after B has moved, and writes what it finds.
 
-    B is zero when training starts, so A can only have a gradient once B has moved: the first step shows B's
-    gradients and the second shows A's.
+    B is zero when training starts, so A can have a gradient only after an optimiser step whose learning rate was
+    not zero.
 
     Raises:
         ValueError: from `on_pre_optimizer_step`, naming the first tensors with no or a non-finite gradient.
@@ -44,30 +50,34 @@ class AuditCallback(TrainerCallback):
         self.model = model
         self.path = path
         self.result: GradientAudit | None = None
-        self._first_step: int | None = None
-        _watch(model)
+        self._done = False
+        watch_experts(model)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self._first_step is None:
-            self._first_step = state.global_step
-        if state.global_step > self._first_step + 1:
+        if self._done:
             return
-        first = state.global_step == self._first_step
-        self.result = audit_gradients(self.model, matrices=("lora_B",) if first else ("lora_A", "lora_B"))
-        if state.is_world_process_zero:
-            write_json(self.path, asdict(self.result))
-        if first:
-            _watch(self.model)
-        else:
-            _unwatch(self.model)
+        moved = any(bool(B.weight.any()) for layer in lora_layers(self.model).values() for B in layer.lora_B.values())
+        if moved or self.result is None:
+            self.result = audit_gradients(self.model)
             if state.is_world_process_zero:
-                print(f"gradient audit: {self.result}")
+                write_json(self.path, {"step": state.global_step, **asdict(self.result)})
+        self._done = moved
+        watch_experts(self.model, on=not moved)
+        if moved and state.is_world_process_zero:
+            print(f"gradient audit: {self.result}")
 
 
-def audit_gradients(model: PeftModel, *, matrices: tuple[str, ...] = ("lora_A", "lora_B")) -> GradientAudit:
-    """Check the gradients that a backward pass has left on every adapter tensor.
+def watch_experts(model: PeftModel, *, on: bool = True) -> None:
+    """Have every stack of experts note from now on which of them are reached, or stop it."""
+    for layer in lora_layers(model).values():
+        if isinstance(layer, ExpertsLora):
+            layer.watch_experts(on=on)
+
+
+def audit_gradients(model: PeftModel) -> GradientAudit:
+    """Check the gradients that a backward pass has left: of every B, and of every A whose B is not zero.
 
     A stack of experts is checked expert by expert, for those that a token with loss has reached.
 
@@ -79,34 +89,30 @@ def audit_gradients(model: PeftModel, *, matrices: tuple[str, ...] = ("lora_A", 
     num_tensors = num_expert_tensors = 0
     for (number, target), layer in lora_layers(model).items():
         where = f"layer {number} {target}"
-        for matrix in matrices:
-            for linear in getattr(layer, matrix).values():
-                num_tensors += 1
-                if not isinstance(layer, ExpertsLora):
-                    failed += [] if _has_gradient(linear.weight.grad) else [f"{where} {matrix}"]
-                    continue
-                reached = _reached(layer)
-                grads = _by_expert(linear.weight.grad, matrix, layer)
-                num_expert_tensors += len(reached)
-                failed += [f"{where} {matrix} expert {e}" for e in reached if grads is None or not _has_gradient(grads[e])]
-        if isinstance(layer, ExpertsLora):
-            missed = sorted(_trained(layer) - set(_reached(layer)))
-            unreached |= {where: missed} if missed else {}
+        stacked = isinstance(layer, ExpertsLora)
+        if stacked and (missed := sorted(_trained(layer) - set(_reached(layer)))):
+            unreached[where] = missed
+        for name in layer.lora_B:
+            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+            parts = {"lora_B": _parts(B, "lora_B", layer), "lora_A": _parts(A, "lora_A", layer)}
+            moved = {e for e, (weight, _) in parts["lora_B"].items() if weight.any()}
+            for matrix, experts in parts.items():
+                checked = {e: grad for e, (_, grad) in experts.items() if matrix == "lora_B" or e in moved}
+                failed += [f"{where} {matrix}{e}" for e, grad in checked.items() if not _has_gradient(grad)]
+                num_tensors += bool(checked)
+                num_expert_tensors += len(checked) if stacked else 0
     if failed:
         raise ValueError(f"{len(failed)} adapter tensors got no gradient, first: {', '.join(failed[:5])}")
     return GradientAudit(num_tensors, num_expert_tensors, unreached)
 
 
-def _watch(model: PeftModel) -> None:
-    for layer in lora_layers(model).values():
-        if isinstance(layer, ExpertsLora):
-            layer.watch_experts()
-
-
-def _unwatch(model: PeftModel) -> None:
-    for layer in lora_layers(model).values():
-        if isinstance(layer, ExpertsLora):
-            layer.reached_E = None
+def _parts(weight: Tensor, matrix: str, layer: torch.nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Weight and gradient, of the whole tensor or of each reached expert, by what follows the matrix's name."""
+    if not isinstance(layer, ExpertsLora):
+        return {"": (weight, weight.grad)}
+    weights = layer.by_expert(weight, matrix)
+    grads = None if weight.grad is None else layer.by_expert(weight.grad, matrix)
+    return {f" expert {e}": (weights[e], None if grads is None else grads[e]) for e in _reached(layer)}
 
 
 def _trained(layer: ExpertsLora) -> set[int]:
@@ -115,17 +121,8 @@ def _trained(layer: ExpertsLora) -> set[int]:
 
 def _reached(layer: ExpertsLora) -> list[int]:
     if layer.reached_E is None:
-        raise ValueError("nobody watched the experts of this forward pass: call watch_experts() first")
+        raise ValueError("nobody watched the experts of this forward pass: call watch_experts first")
     return sorted(_trained(layer).intersection(layer.reached_E.nonzero().flatten().tolist()))
-
-
-def _by_expert(grad: Tensor | None, matrix: str, layer: ExpertsLora) -> Tensor | None:
-    if grad is None:
-        return None
-    num_experts = layer.get_base_layer().num_experts
-    if matrix == "lora_A":
-        return grad.view(num_experts, -1, grad.shape[1])
-    return grad.view(grad.shape[0], -1, num_experts).permute(2, 0, 1)
 
 
 def _has_gradient(grad: Tensor | None) -> bool:

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <iterator>
 #include <cstring>
 
 #include "kernels.h"

@@ -181,14 +181,8 @@ TARGET bool pack_dx(const Weight& w, int64_t row, int64_t depth, int64_t input, 
 template <int ROWS, int PARTS>
 TARGET static void multiply_rows(const uint8_t* tile, const uint16_t* panel, int64_t depth, float* c, bool accumulate) {
     __m512 sum[PARTS][ROWS][2];
-#pragma GCC unroll 16
+#pragma GCC unroll 28
     for (int i = 0; i < ROWS * PARTS * 2; ++i) sum[i / 2 / ROWS][i / 2 % ROWS][i % 2] = _mm512_setzero_ps();
-    if (accumulate)
-#pragma GCC unroll 16
-        for (int i = 0; i < ROWS; ++i) {
-            sum[0][i][0] = _mm512_load_ps(c + i * kColumns);
-            sum[0][i][1] = _mm512_load_ps(c + i * kColumns + WIDTH);
-        }
     for (int64_t k = 0; k < depth / 2; k += PARTS)
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; ++part) {
@@ -212,7 +206,8 @@ TARGET static void multiply_rows(const uint8_t* tile, const uint16_t* panel, int
             __m512 total = sum[0][i][j];
 #pragma GCC unroll 4
             for (int part = 1; part < PARTS; ++part) total = _mm512_add_ps(total, sum[part][i][j]);
-            _mm512_store_ps(c + i * kColumns + j * WIDTH, total);
+            float* out = c + i * kColumns + j * WIDTH;
+            _mm512_store_ps(out, accumulate ? _mm512_add_ps(_mm512_load_ps(out), total) : total);
         }
 }
 

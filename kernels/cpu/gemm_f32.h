@@ -93,14 +93,11 @@ TARGET bool pack_dx(const Weight& w, int64_t row, int64_t depth, int64_t input, 
     return true;
 }
 
+// Sums of kDepth products are added to C at the end: a rounding error has fewer additions to grow in than if C were
+// the start of the sum.
 template <int ROWS>
 TARGET void multiply_rows(const float* tile, const float* panel, int64_t depth, float* c, bool accumulate) {
-    vec sum[ROWS][2];
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-        sum[i][0] = accumulate ? load(c + i * kColumns) : broadcast(0.f);
-        sum[i][1] = accumulate ? load(c + i * kColumns + WIDTH) : broadcast(0.f);
-    }
+    vec sum[ROWS][2] = {};
     for (int64_t k = 0; k < depth; ++k) {
         const vec b0 = load(panel + k * kColumns), b1 = load(panel + k * kColumns + WIDTH);
 #pragma GCC unroll 16
@@ -111,10 +108,12 @@ TARGET void multiply_rows(const float* tile, const float* panel, int64_t depth, 
         }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-        store_vec(c + i * kColumns, sum[i][0]);
-        store_vec(c + i * kColumns + WIDTH, sum[i][1]);
-    }
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            float* total = c + i * kColumns + j * WIDTH;
+            store_vec(total, accumulate ? load(total) + sum[i][j] : sum[i][j]);
+        }
 }
 
 // Unrolls to one instance for each number of rows, so that every accumulator is a register.

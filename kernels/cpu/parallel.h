@@ -28,14 +28,17 @@ void on_threads(int threads, const Body& body) {
 #endif
 }
 
-// Call `body(item)` for every item in [0, count), handed out in runs of `grain` as threads become free.
-template <class Body>
-void for_each_item(int threads, int64_t count, int64_t grain, const Body& body) {
+// Call `worker(item)` for every item in [0, count), handed out in runs of `grain` as threads become free. Each thread
+// has its own worker, from `make_worker`.
+template <class MakeWorker>
+void for_each_item(int threads, int64_t count, int64_t grain, const MakeWorker& make_worker) {
     const int64_t runs = (count + grain - 1) / grain;
+    if (runs == 0) return;
     std::atomic<int64_t> next{0};
-    on_threads(static_cast<int>(runs < threads ? (runs < 1 ? 1 : runs) : threads), [&] {
+    on_threads(runs < threads ? static_cast<int>(runs) : threads, [&] {
+        auto worker = make_worker();
         for (int64_t run; (run = next.fetch_add(1, std::memory_order_relaxed)) < runs;)
-            for (int64_t item = run * grain; item < count && item < (run + 1) * grain; ++item) body(item);
+            for (int64_t item = run * grain; item < count && item < (run + 1) * grain; ++item) worker(item);
     });
 }
 

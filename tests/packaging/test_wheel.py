@@ -109,7 +109,7 @@ def test_init_writes_a_checkpoint_anywhere(installed, tmp_path):
 
 def test_quickstart_takes_its_first_step_anywhere(installed, tmp_path):
     binaries, _ = installed
-    words = ["config=quickstart", "export=none", "trainer.max_steps=1", "run.dir=out", "data.max_length=256"]
+    words = ["config=quickstart", "export=none", "trainer.max_steps=1", "run.dir=out", "data.eval_fraction=0.01"]
     run(binaries / "gptoss-ft", "train", *words, cwd=tmp_path)
     assert (tmp_path / "out" / "config.yaml").is_file()
     assert list((tmp_path / "out").rglob("adapter_model.safetensors"))

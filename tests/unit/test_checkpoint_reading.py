@@ -15,7 +15,8 @@ from gptoss_ft.model.shards import write_shards
 from gptoss_ft.model.spec import SPECS
 from gptoss_ft.mxfp4.codec import dequantize_mxfp4
 
-SPEC = replace(SPECS["tiny"], vocab_size=96, num_hidden_layers=2)
+# The original config has no special ids; in a vocabulary this small both are read as its last.
+SPEC = replace(SPECS["tiny"], vocab_size=96, num_hidden_layers=2, eos_token_id=95, pad_token_id=95)
 LAYOUTS = ("mxfp4", "bf16", "original")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from gptoss_ft.adapters.attach import Targets, attach_adapters, lora_layers
 from gptoss_ft.data.collate import PaddingCollator
 from gptoss_ft.model.load import load_base
-from gptoss_ft.training.audit import audit_gradients
+from gptoss_ft.training.audit import audit_gradients, watch_experts
 from gptoss_ft.training.loss import num_loss_tokens, summed_loss
 from gptoss_ft.training.trainer import SftTrainer
 
@@ -114,9 +114,7 @@ def test_evaluation_weighs_every_token_alike(model, tmp_path):
 
 class TestAudit:
     def backward(self, model, samples=SAMPLES):
-        for layer in lora_layers(model).values():
-            if hasattr(layer, "watch_experts"):
-                layer.watch_experts()
+        watch_experts(model)
         model.train()
         summed_loss(model, model.get_base_model(), collate(samples)).backward()
 
@@ -140,6 +138,13 @@ class TestAudit:
         layer.lora_B["default"].weight.grad.view(64, -1, 4)[..., reached] = 0
         with pytest.raises(ValueError, match=f"layer 0 down_proj lora_B expert {reached}"):
             audit_gradients(model)
+
+    def test_before_the_first_step_only_B_can_have_a_gradient(self, model):
+        with torch.no_grad():
+            for layer in lora_layers(model).values():
+                layer.lora_B["default"].weight.zero_()
+        self.backward(model)
+        assert audit_gradients(model).num_tensors == 2 * 7
 
     def test_lists_experts_that_only_padding_and_prompts_reach(self, model):
         # One loss token: in the last layer only the two experts of the position before it can learn.

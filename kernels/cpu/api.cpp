@@ -1,0 +1,84 @@
+// The C interface, called through ctypes with the addresses of contiguous tensors. Callers check shapes.
+#include <cstdint>
+#include <new>
+
+#include "grouped.h"
+#include "parallel.h"
+
+using namespace gptoss_ft;
+
+namespace {
+
+enum Status : int { kOk = 0, kNoMemory = 1 };
+
+const Kernels& kernels_for(Isa isa, DType dtype) {
+#ifdef GPTOSS_FT_X86
+    if (isa == kAvx512Bf16) return avx512_kernels(dtype);
+    if (isa == kAvx2) return avx2_kernels(dtype);
+#endif
+    (void)isa;
+    return portable_kernels(dtype);
+}
+
+template <class Body>
+int status_of(const Body& body) {
+    try {
+        body();
+        return kOk;
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
+    }
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// The value of Isa that suits this processor best; it supports all lower ones too.
+EXPORT int gptoss_ft_best_isa() {
+#ifdef GPTOSS_FT_X86
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kPortable;
+    // VBMI came with the second processors that have BF16; the first, Cooper Lake, uses AVX2.
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16")) return kAvx512Bf16;
+    return kAvx2;
+#else
+    return kPortable;
+#endif
+}
+
+// `out` [num_blocks, 32]
+EXPORT int gptoss_ft_decode(int isa, int threads, int dtype, const uint8_t* blocks, const uint8_t* scales,
+                            int64_t num_blocks, void* out) {
+    return status_of([&] {
+        const Kernels& kernels = kernels_for(Isa(isa), DType(dtype));
+        constexpr int64_t run = 4096;
+        for_each_item(threads, (num_blocks + run - 1) / run, 1, [&] {
+            return [&](int64_t item) {
+                const int64_t first = item * run, count = num_blocks - first < run ? num_blocks - first : run;
+                kernels.decode(blocks + first * kBlockBytes, scales + first, count,
+                               static_cast<uint8_t*>(out) + first * kBlock * size_of(DType(dtype)));
+            };
+        });
+    });
+}
+
+EXPORT int gptoss_ft_grouped_linear(int isa, int threads, int dtype, const void* x, const uint8_t* blocks,
+                                    const uint8_t* scales, const void* bias, int bias_dtype, const int64_t* ends,
+                                    int64_t num_experts, int64_t out, int64_t in, void* y) {
+    return status_of([&] {
+        grouped_linear(kernels_for(Isa(isa), DType(dtype)), threads, {blocks, scales, ends, num_experts, out, in},
+                       DType(dtype), x, bias, DType(bias_dtype), y);
+    });
+}
+
+EXPORT int gptoss_ft_grouped_linear_dx(int isa, int threads, int dtype, const void* dy, const uint8_t* blocks,
+                                       const uint8_t* scales, const int64_t* ends, int64_t num_experts, int64_t out,
+                                       int64_t in, void* dx) {
+    return status_of([&] {
+        grouped_linear_dx(kernels_for(Isa(isa), DType(dtype)), threads, {blocks, scales, ends, num_experts, out, in},
+                          DType(dtype), dy, dx);
+    });
+}

@@ -1,0 +1,27 @@
+// Grouped products of activations with packed experts.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace gptoss_ft {
+
+// Rows [ends[e - 1], ends[e]) of the activations belong to expert e.
+struct Experts {
+    const uint8_t* blocks;  // [num_experts, out, in / 32, 16]
+    const uint8_t* scales;  // [num_experts, out, in / 32]
+    const int64_t* ends;    // [num_experts]
+    int64_t num_experts;
+    int64_t out;            // both multiples of 32
+    int64_t in;
+};
+
+// y[t] = x[t] W[e(t)]^T + bias[e(t)]; bias [num_experts, out] of type `bias_dtype`, or null.
+void grouped_linear(const Kernels&, int threads, const Experts&, DType, const void* x, const void* bias,
+                    DType bias_dtype, void* y);
+
+// dx[t] = dy[t] W[e(t)].
+void grouped_linear_dx(const Kernels&, int threads, const Experts&, DType, const void* dy, void* dx);
+
+}  // namespace gptoss_ft

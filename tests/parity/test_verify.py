@@ -1,0 +1,447 @@
+"""Exports opened by transformers, PEFT and OpenAI's reference implementation: good ones pass, damaged ones do not."""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gptoss_ft.adapters.attach import Targets, attach_adapters
+from gptoss_ft.adapters.save import save_adapter
+from gptoss_ft.config.load import load_command, load_train_config, to_yaml
+from gptoss_ft.config.schema import VerifyCommand
+from gptoss_ft.data.dataset import Sample
+from gptoss_ft.errors import UserError
+from gptoss_ft.export.adapter import export_adapter, read_adapter
+from gptoss_ft.export.distance import Distances
+from gptoss_ft.export.merge import merge
+from gptoss_ft.export.verdict import Reading, VerifyReport, WeightCheck
+from gptoss_ft.export.verify import select_positions, verify_export
+from gptoss_ft.export.weights import worst_block
+from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.init import init_checkpoint
+from gptoss_ft.model.load import load_base
+from gptoss_ft.model.spec import GptOssSpec
+from gptoss_ft.recipes import verify as recipe
+
+WIDE = GptOssSpec(
+    num_hidden_layers=2,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    hidden_size=64,
+    intermediate_size=96,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=300,
+    eos_token_id=1,
+    pad_token_id=0,
+)
+DEEP = replace(
+    WIDE, num_hidden_layers=3, num_local_experts=6, num_experts_per_tok=4, hidden_size=128, intermediate_size=32
+)
+SHAPES = {"wide": WIDE, "deep": DEEP}
+FORMATS = ("adapter", "bf16", "mxfp4")
+
+
+@dataclass
+class Trained:
+    """A base, an adapter trained on it, and rows."""
+
+    base: Path
+    adapter: Path
+    samples: list[Sample]
+
+    def verify(self, export, **changed):
+        paths = {"base": self.base, "adapter": self.adapter, "samples": self.samples, "max_tokens": 64}
+        return verify_export(export=export, **{**paths, **changed})
+
+    def export(self, format, out):
+        base = Checkpoint.open(self.base)
+        if format == "adapter":
+            export_adapter(self.adapter, out, base)
+        else:
+            merge(base, read_adapter(self.adapter, base.spec), out, format=format, progress=False)
+        return out
+
+
+def rows(vocab_size=300):
+    """Random tokens, of which the second half carries loss."""
+    ids = torch.randint(2, vocab_size, (3, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    return [Sample(row, [-100] * 20 + row[20:], f"rows.jsonl:{number}", 0) for number, row in enumerate(ids, 1)]
+
+
+def train(folder, base, spec, targets=("all", "router"), *, steps=4):
+    """A few steps towards memorising the rows."""
+    torch.manual_seed(0)
+    names = Targets.parse(targets, num_layers=spec.num_hidden_layers, num_experts=spec.num_local_experts)
+    precision = "bf16" if Checkpoint.open(base).layout == "bf16" else "mxfp4"
+    model, _ = attach_adapters(load_base(base, precision=precision, dtype=torch.float32), names, r=4, alpha=8)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    samples = rows(spec.vocab_size)
+    ids, labels = (torch.tensor([getattr(sample, name) for sample in samples]) for name in ("input_ids", "labels"))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+    save_adapter(model, folder / "adapter")
+    return Trained(base, folder / "adapter", samples)
+
+
+def trained_on(tmp_path, spec=WIDE, *, layout="mxfp4", **options):
+    init_checkpoint(spec, tmp_path / "base", layout=layout, progress=False)
+    return train(tmp_path, tmp_path / "base", spec, **options)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def shape(request, tmp_path_factory):
+    return trained_on(tmp_path_factory.mktemp(request.param), SHAPES[request.param])
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return trained_on(tmp_path_factory.mktemp("wide"))
+
+
+@pytest.fixture(scope="module")
+def exports(wide, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports")
+    return {format: wide.export(format, folder / format) for format in FORMATS}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_good_exports_pass(shape, tmp_path, format):
+    report = shape.verify(shape.export(format, tmp_path / "out"))
+
+    assert report.passed, str(report)
+    assert report.format == format
+    assert len(report.places) == report.base.kl_nats.numel() == 60
+    wanted = ["peft"] if format == "adapter" else ["transformers", "gpt-oss", "gptoss-ft"]
+    if find_spec("gpt_oss") is None:
+        wanted = [program for program in wanted if program != "gpt-oss"]
+    assert [reading.program.split()[0] for reading in report.readings] == wanted
+    lost = report.readings[0].from_trained.kl_nats.median() / report.base.kl_nats.median()
+    assert lost < {"adapter": 1e-9, "bf16": 0.005, "mxfp4": 0.5}[format]
+
+
+@pytest.mark.parametrize("layout", ["original", "bf16"])
+def test_every_base_layout_can_be_verified(tmp_path, layout):
+    trained = trained_on(tmp_path, layout=layout)
+    for format in FORMATS:
+        report = trained.verify(trained.export(format, tmp_path / format))
+        assert report.passed, str(report)
+
+
+def gate_up(layer=1):
+    return f"model.layers.{layer}.mlp.experts.gate_up_proj"
+
+
+def swap_rows(tensors):
+    blocks = tensors[f"{gate_up()}_blocks"]
+    blocks[2, [10, 12]] = blocks[2, [12, 10]]
+
+
+def swap_gate_and_up(tensors):
+    for part in ("blocks", "scales"):
+        packed = tensors[f"{gate_up()}_{part}"]
+        tensors[f"{gate_up()}_{part}"] = packed.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
+
+
+def halves_instead_of_interleaved(tensors):
+    for part in ("blocks", "scales"):
+        packed = tensors[f"{gate_up()}_{part}"]
+        tensors[f"{gate_up()}_{part}"] = torch.cat((packed[:, 0::2], packed[:, 1::2]), dim=1)
+
+
+def zero_scale(tensors):
+    tensors[f"{gate_up()}_scales"][3, 5, 1] = 0
+
+
+def nan_scale(tensors):
+    tensors[f"{gate_up()}_scales"][0, 0, 0] = 255
+
+
+def swap_nibbles(tensors):
+    blocks = tensors[f"{gate_up()}_blocks"]
+    tensors[f"{gate_up()}_blocks"] = (blocks << 4) | (blocks >> 4)
+
+
+def one_code(tensors):
+    # A copied expert's bit: none of the rows needs to pass through it.
+    tensors[f"{gate_up(0)}_blocks"][1, 7, 0, 3] ^= 0x08
+
+
+def swap_experts(tensors):
+    for part in ("blocks", "scales"):
+        packed = tensors[f"{gate_up()}_{part}"]
+        packed[[0, 1]] = packed[[1, 0]]
+
+
+def sinks(tensors):
+    tensors["model.layers.0.self_attn.sinks"] += 1
+
+
+def head_row(tensors):
+    tensors["lm_head.weight"][7] *= 2
+
+
+def transposed_query(tensors):
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors[name] = tensors[name].T.reshape(tensors[name].shape)
+
+
+def swap_bf16_columns(tensors):
+    weight = tensors[gate_up()]
+    weight[1][:, [4, 6]] = weight[1][:, [6, 4]]
+
+
+def transposed_bf16(tensors):
+    tensors[gate_up()] = tensors[gate_up()].transpose(1, 2).reshape(tensors[gate_up()].shape)
+
+
+def truncated_bf16(tensors):
+    # Rounding towards zero instead of to nearest: the error is at most twice what it should be.
+    tensors[gate_up()] = (tensors[gate_up()].view(torch.int16) - 1).view(torch.bfloat16)
+
+
+DAMAGES = [
+    *(("mxfp4", damage) for damage in (swap_rows, swap_gate_and_up, halves_instead_of_interleaved, zero_scale)),
+    *(("mxfp4", damage) for damage in (nan_scale, swap_nibbles, swap_experts, sinks, head_row, transposed_query)),
+    *(("bf16", damage) for damage in (swap_bf16_columns, transposed_bf16, truncated_bf16, sinks, transposed_query)),
+]
+
+
+def damaged(exports, format, damage, out):
+    shutil.copytree(exports[format], out)
+    file = out / ("adapter_model.safetensors" if format == "adapter" else "model.safetensors")
+    if not file.exists():
+        (file,) = out.glob("*.safetensors")
+    tensors = load_file(file)
+    damage(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize(("format", "damage"), DAMAGES, ids=lambda value: getattr(value, "__name__", value))
+def test_damaged_weights_fail(wide, exports, tmp_path, format, damage):
+    report = wide.verify(damaged(exports, format, damage, tmp_path / "out"))
+
+    assert not report.passed
+    assert any("weights are not what was trained; model.layers." in line or "lm_head" in line for line in report.failures)
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_one_flipped_sign_in_a_copied_expert_fails(tmp_path):
+    trained = trained_on(tmp_path, targets=["attention"])
+    exports = {"mxfp4": trained.export("mxfp4", tmp_path / "good")}
+    blocks = f"{gate_up(0)}_blocks"
+
+    def flip(tensors):
+        byte = tensors[blocks][1, 7].flatten().nonzero()[0]  # a zero has a sign, but no other value
+        tensors[blocks][1, 7].view(-1)[byte] ^= 0x88
+
+    report = trained.verify(damaged(exports, "mxfp4", flip, tmp_path / "bad"))
+    assert not report.passed
+    assert f"{gate_up(0)}, expert 1 is off" in report.failures[0]
+
+
+def swap_adapter_rows(tensors):
+    name = next(name for name in tensors if "layers.1.mlp.experts.lora_A" in name)
+    tensors[name][[0, 5]] = tensors[name][[5, 0]]
+
+
+def swap_gate_and_up_of_adapter(tensors):
+    name = next(name for name in tensors if "layers.1.mlp.experts.base_layer.lora_B" in name)
+    tensors[name] = tensors[name].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+@pytest.mark.parametrize("damage", [swap_adapter_rows, swap_gate_and_up_of_adapter])
+def test_damaged_adapters_fail(wide, exports, tmp_path, damage):
+    report = wide.verify(damaged(exports, "adapter", damage, tmp_path / "out"))
+    assert len(report.failures) == 2  # by weights, and by what PEFT computes
+    assert "layers.1.mlp.experts" in report.failures[0]
+    assert report.failures[1].startswith("peft")
+
+
+def test_a_rescaled_adapter_passes_and_another_scale_fails(wide, exports, tmp_path):
+    def double_alpha(folder):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
+        return folder
+
+    def halve(tensors):
+        for name in tensors:
+            if "lora_B" in name:
+                tensors[name] /= 2
+
+    same = double_alpha(damaged(exports, "adapter", halve, tmp_path / "same"))
+    assert wide.verify(same).passed
+    twice = double_alpha(damaged(exports, "adapter", lambda tensors: None, tmp_path / "twice"))
+    assert not wide.verify(twice).passed
+
+
+def test_the_export_of_another_run_fails(wide, tmp_path):
+    other = train(tmp_path, wide.base, WIDE, steps=8)
+    report = wide.verify(other.export("bf16", tmp_path / "out"))
+    assert not report.passed
+
+
+def test_training_lost_to_rounding_fails_and_names_the_cure(tmp_path):
+    trained = trained_on(tmp_path, targets=["experts"], steps=1)
+    report = trained.verify(trained.export("mxfp4", tmp_path / "out"))
+    assert not report.weights.outside
+    assert len(report.failures) == 1
+    assert "format=adapter" in report.failures[0]
+    assert trained.verify(trained.export("bf16", tmp_path / "bf16")).passed
+
+
+def test_an_adapter_without_effect_passes_with_a_note(tmp_path):
+    trained = trained_on(tmp_path, steps=0)
+    for format in FORMATS:
+        report = trained.verify(trained.export(format, tmp_path / format))
+        assert report.passed, str(report)
+        assert "changes nothing" in report.notes[0]
+        assert float(report.readings[0].from_trained.relative.max()) < 1e-5
+
+
+def test_programs_that_are_not_installed_are_named(wide, exports, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "gpt_oss"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gpt_oss", None)
+    report = wide.verify(exports["bf16"])
+    assert report.passed
+    assert "pip install" in report.not_run["gpt-oss"]
+    assert "not run: gpt-oss" in str(report)
+
+
+def test_nothing_passes_that_no_other_program_opened(wide, exports, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    report = wide.verify(exports["mxfp4"])
+    assert not report.passed
+    assert "no other program opened it" in report.failures[0]
+    assert "GB are free" in report.not_run["transformers"]
+
+
+def test_folders_that_are_no_export_of_the_run_are_named(wide, exports, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        wide.verify(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty has no config.json"):
+        wide.verify(tmp_path / "empty")
+    init_checkpoint(WIDE, tmp_path / "original", layout="original", progress=False)
+    with pytest.raises(UserError, match="no export format"):
+        wide.verify(tmp_path / "original")
+    init_checkpoint(DEEP, tmp_path / "deep", progress=False)
+    with pytest.raises(UserError, match="num_hidden_layers is 3, but the base has 2"):
+        wide.verify(tmp_path / "deep")
+    with pytest.raises(UserError, match="o_proj"):
+        wide.verify(damaged(exports, "bf16", lambda tensors: tensors.pop("model.layers.0.self_attn.o_proj.bias"), tmp_path / "short"))
+
+
+def test_missing_and_foreign_tokenizers_are_named(wide, exports, tmp_path):
+    base, export = (shutil.copytree(folder, tmp_path / folder.name) for folder in (wide.base, exports["mxfp4"]))
+    (base / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        wide.verify(export, base=base)
+    (export / "tokenizer.json").write_text('{"other": 1}')
+    with pytest.raises(UserError, match=r"tokenizer\.json is not the base's"):
+        wide.verify(export, base=base)
+
+
+def test_positions_are_those_before_the_tokens_with_loss():
+    first = Sample([5, 6, 7, 8], [-100, 6, -100, 8], "rows.jsonl:1", 0)
+    second = Sample([9, 9, 9], [9, 9, 9], "rows.jsonl:2", 1)
+    silent = Sample([1, 2], [-100, -100], "rows.jsonl:3", 0)
+
+    (one,) = select_positions([silent, first], 100)
+    assert one.input_ids_T.tolist() == [5, 6, 7]
+    assert one.positions_P.tolist() == [0, 2]
+    assert one.places == ["rows.jsonl:1 generation 0 token 1", "rows.jsonl:1 generation 0 token 3"]
+    # The first token of a sequence is predicted by nothing.
+    one, two = select_positions([first, second], 3)
+    assert two.positions_P.tolist() == [0]
+    assert two.input_ids_T.tolist() == [9]
+    with pytest.raises(UserError, match="carries loss"):
+        select_positions([silent], 10)
+
+
+def test_distances_by_hand():
+    wanted = torch.tensor([[0.0, 2.0], [1.0, 1.0 + 1e-6]])
+    logits = torch.tensor([[2.0, 0.0], [float("nan"), 0.0]])
+    found = Distances.between(wanted, logits)
+    p = torch.tensor([0.0, 2.0]).double().softmax(-1)
+    assert float(found.kl_nats[0]) == pytest.approx(float(2 * (p[1] - p[0])), rel=1e-12)
+    assert float(found.relative[0]) == pytest.approx(2.0)
+    assert found.same_top.tolist() == [False, False]
+    assert found.kl_nats[1] == found.relative[1] == torch.inf
+
+
+def test_worst_block_by_hand():
+    wanted = torch.ones(2, 70)
+    found = wanted.clone()
+    found[1, 69] = 3.0  # in a remainder of six columns
+    assert worst_block(wanted, found) == pytest.approx(2 / 6**0.5)
+    assert worst_block(torch.zeros(1, 32), torch.ones(1, 32)) == torch.inf
+    assert worst_block(wanted, found.fill_(float("nan"))) == torch.inf
+
+
+def test_readers_that_disagree_fail():
+    def distances(relative):
+        values = torch.full((20,), relative, dtype=torch.float64)
+        return Distances(values, values, torch.ones(20, dtype=torch.bool))
+
+    other = Reading("gpt-oss 0.0.9", False, distances(0.002), distances(0.001))
+    report = VerifyReport(
+        export=Path("out"),
+        format="bf16",
+        places=["row"] * 20,
+        base=distances(0.5),
+        readings=[Reading("transformers 5.23.0", False, distances(0.001)), other],
+        not_run={},
+        weights=WeightCheck.of([]),
+    )
+    assert ["gpt-oss 0.0.9 and transformers 5.23.0 differ" in line for line in report.failures] == [True]
+    assert replace(report, readings=[report.readings[0], replace(other, from_first=distances(1e-6))]).passed
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder as training leaves it, over the real vocabulary."""
+    folder = tmp_path_factory.mktemp("run")
+    spec = replace(WIDE, hidden_size=32, intermediate_size=64, vocab_size=201088)
+    trained = trained_on(folder, spec, targets=["attention"])
+    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4", "thinking": "Four."}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for _ in range(3)))
+    words = [f"run.dir={folder}", f"model.path={trained.base}", f"data.path={folder / 'rows.jsonl'}"]
+    (folder / "config.yaml").write_text(to_yaml(load_train_config([*words, "data.eval_fraction=0.3"])))
+    trained.export("mxfp4", folder / "export" / "mxfp4")
+    return folder
+
+
+def test_the_command_prints_and_records_its_verdict(run, capsys):
+    words = [f"run={run}", f"path={run / 'export' / 'mxfp4'}", "max_tokens=6"]
+    assert recipe.main(load_command(VerifyCommand, words)) is True
+
+    assert "PASSED" in capsys.readouterr().out
+    recorded = json.loads((run / "verify-mxfp4.json").read_text())
+    assert recorded["passed"] is True
+    assert len(recorded["positions"]["place"]) == 6
+    assert "rows.jsonl:" in recorded["positions"]["place"][0]
+
+
+def test_the_command_takes_other_rows(run, capsys):
+    (run / "other.jsonl").write_text((run / "rows.jsonl").read_text())
+    words = [f"run={run}", f"path={run / 'export' / 'mxfp4'}", f"data={run / 'other.jsonl'}", "max_tokens=2"]
+    assert recipe.main(load_command(VerifyCommand, words)) is True
+    assert "other.jsonl:1" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="not the folder of a training run"):
+        recipe.verify_run(tmp_path, tmp_path)

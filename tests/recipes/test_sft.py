@@ -1,0 +1,169 @@
+"""`gptoss-ft train` as a user runs it, on a small share of the quickstart."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from gptoss_ft.cli import main
+from gptoss_ft.config.load import load_train_config
+from gptoss_ft.recipes import sft
+
+
+def words(run, base, rows, *more):
+    return [
+        "config=quickstart",
+        f"run.dir={run}",
+        f"model.path={base}",
+        f"data.path={rows}",
+        "data.eval_fraction=0.25",
+        "adapter.r=4",
+        "trainer.per_device_train_batch_size=2",
+        "trainer.max_steps=4",
+        "trainer.warmup_steps=0",
+        "export.formats=[]",
+        *more,
+    ]
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    return {line["step"]: line["loss_nats"] for line in metrics(run) if "loss_nats" in line}
+
+
+def test_a_run_leaves_everything_that_it_takes_to_repeat_it(tiny_base, four_rows, tmp_path):
+    run = tmp_path / "run"
+    assert main(["train", *words(run, tiny_base, four_rows)]) == 0
+    names = {entry.name for entry in run.iterdir()}
+    assert {"config.yaml", "versions.json", "metrics.jsonl", "audit.json", "summary.json", "adapter"} <= names
+
+    assert json.loads((run / "versions.json").read_text())["torch"] == torch.__version__
+    assert sorted(losses(run)) == [1, 2, 3, 4]
+    logged = [line for line in metrics(run) if "loss_nats" in line]
+    assert all(line["tokens_per_s"] > 0 and line["peak_gib"] > 0 for line in logged)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["eval_loss_after_nats"] < summary["eval_loss_before_nats"]
+    assert json.loads((run / "audit.json").read_text())["num_tensors"] == 4 * 6 * 2
+
+    again = tmp_path / "again"
+    assert main(["train", f"config={run / 'config.yaml'}", f"run.dir={again}"]) == 0
+    assert losses(again) == losses(run)
+
+
+def test_a_used_run_folder_is_refused_and_left_alone(tiny_base, four_rows, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    assert main(["train", *words(run, tiny_base, four_rows)]) == 1
+    assert "in use (it holds notes.txt)" in capsys.readouterr().err
+    assert [entry.name for entry in run.iterdir()] == ["notes.txt"]
+
+
+def test_bad_rows_stop_the_run_before_anything_is_written(tiny_base, four_rows, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(four_rows.read_text() + '{"messages": [{"role": "wizard", "content": "hm"}]}\n')
+    run = tmp_path / "run"
+    assert main(["train", *words(run, tmp_path / "new_base", bad, "model.init=tiny")]) == 1
+    error = capsys.readouterr().err
+    assert f"{bad}:5" in error and "wizard" in error
+    assert not run.exists() and not (tmp_path / "new_base").exists()
+
+
+class StopAfter(TrainerCallback):
+    """Ends training in the middle, as a crash would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_equals_one_that_was_never_interrupted(tiny_base, four_rows, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    more = ["trainer.save_steps=2", "trainer.max_steps=6", "adapter.dropout=0.1"]
+    assert main(["train", *words(whole, tiny_base, four_rows, *more)]) == 0
+
+    make_trainer = sft.make_trainer
+
+    def interrupted(*args):
+        trainer = make_trainer(*args)
+        trainer.add_callback(StopAfter(5))
+        return trainer
+
+    monkeypatch.setattr(sft, "make_trainer", interrupted)
+    assert main(["train", *words(broken, tiny_base, four_rows, *more)]) == 130
+    monkeypatch.undo()
+    assert not (broken / "adapter").exists()
+    assert main(["train", *words(broken, tiny_base, four_rows, *more, "run.resume=true")]) == 0
+
+    assert losses(broken) == pytest.approx(losses(whole))
+    expected = load_file(whole / "adapter" / "adapter_model.safetensors")
+    got = load_file(broken / "adapter" / "adapter_model.safetensors")
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_resume_without_a_checkpoint_says_so(tiny_base, four_rows, tmp_path, capsys):
+    assert main(["train", *words(tmp_path / "run", tiny_base, four_rows, "run.resume=true")]) == 1
+    assert "holds no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"])
+def test_every_optimiser_lowers_the_loss(tiny_base, four_rows, tmp_path, optim):
+    run = tmp_path / optim
+    # 8-bit states exist only for tensors of 4096 numbers and more.
+    assert main(["train", *words(run, tiny_base, four_rows, f"trainer.optim={optim}", "adapter.r=32")]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["eval_loss_after_nats"] < summary["eval_loss_before_nats"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules_take_their_course(tiny_base, four_rows, tmp_path, schedule):
+    run = tmp_path / schedule
+    more = [f"trainer.lr_scheduler_type={schedule}", "trainer.learning_rate=1e-3"]
+    assert main(["train", *words(run, tiny_base, four_rows, *more)]) == 0
+    rates = [line["learning_rate"] for line in metrics(run) if "learning_rate" in line]
+    assert rates[0] == pytest.approx(1e-3)
+    assert all(a == b if schedule == "constant" else a > b for a, b in pairwise(rates))
+
+
+def test_wandb_records_the_run_offline(tiny_base, four_rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    run = tmp_path / "run"
+    assert main(["train", *words(run, tiny_base, four_rows, "trainer.report_to=[wandb]")]) == 0
+    records = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(records) == 1 and b"train/loss" in records[0].read_bytes()
+
+
+def test_tensorboard_records_the_run(tiny_base, four_rows, tmp_path, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    run = tmp_path / "run"
+    assert main(["train", *words(run, tiny_base, four_rows, "trainer.report_to=[tensorboard]")]) == 0
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_checkpoints_load_in_stock_peft(tiny_base, four_rows, tmp_path):
+    run = tmp_path / "run"
+    assert main(["train", *words(run, tiny_base, four_rows, "trainer.save_steps=4")]) == 0
+    checkpoint = run / "checkpoints" / "checkpoint-4"
+    config = json.loads((checkpoint / "adapter_config.json").read_text())
+    assert sorted(config["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    final = load_file(run / "adapter" / "adapter_model.safetensors")
+    saved = load_file(checkpoint / "adapter_model.safetensors")
+    assert saved.keys() == final.keys()
+    assert all(torch.equal(saved[name], final[name]) for name in final)
+
+
+def test_several_gpus_in_one_process_are_refused(monkeypatch, tiny_base, four_rows, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
+        sft.main(load_train_config(words(tmp_path / "run", tiny_base, four_rows)))
