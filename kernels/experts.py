@@ -68,9 +68,7 @@ def _project(x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) 
     else:
         y_NO = _dense_linear(x_NI, projection.weight, projection.bias_EO, ends_E)
     for update in projection.low_rank:
-        y_NO = y_NO + reference.grouped_lora(
-            x_NI, update.A_ERI, update.B_EOR, update.scaling, ends_E, update.experts
-        )
+        y_NO = y_NO + reference.grouped_lora(x_NI, update.A_ERI, update.B_EOR, update.scaling, ends_E, update.experts)
     return y_NO
 
 
@@ -80,7 +78,9 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NI, blocks_EOGB, scales_EOG, bias_EO, ends_E):  # type: ignore[no-untyped-def]
         if bias_EO.requires_grad:
-            raise ValueError("expert biases cannot be trained beside packed weights: call requires_grad_(False) on them")
+            raise ValueError(
+                "expert biases cannot be trained beside packed weights: call requires_grad_(False) on them"
+            )
         ctx.save_for_backward(blocks_EOGB, scales_EOG)
         ctx.ends_E = ends_E
         return reference.grouped_linear(x_NI, MXFP4Weight(blocks_EOGB, scales_EOG), bias_EO, ends_E)

@@ -5,6 +5,7 @@ G blocks of 32 inputs (I = 32·G) · B bytes per block (16) · V vocabulary. Row
 where expert e's rows end, as in `torch.nn.functional.grouped_mm`.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -13,10 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK_SIZE = 32
-# e2m1: sign, two bits of exponent, one of mantissa.
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-E8M0_BIAS = 127
-E8M0_NAN = 255
+# e2m1: a sign, two bits of exponent and one of mantissa; codes 8 to 15 are the negatives of 0 to 7.
+MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+ELEMENTS = MAGNITUDES + tuple(-magnitude for magnitude in MAGNITUDES)
+# e8m0: byte s stands for 2^(s - 127), and 255 for NaN.
+SCALE_BIAS = 127
+SCALE_NAN = 255
 
 
 class MXFP4Weight(NamedTuple):
@@ -26,28 +29,32 @@ class MXFP4Weight(NamedTuple):
     scales_EOG: Tensor
 
 
-def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Expand MXFP4 (OCP MX v1.0) `[..., G, 16]` with e8m0 scales `[..., G]` to `[..., 32·G]`.
+def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Expand MXFP4 (OCP MX v1.0) blocks `[..., G, 16]` and scales `[..., G]`, both uint8, to `dtype` `[..., 32·G]`.
 
-    The low nibble comes first; a block's scale is 2^(byte - 127) and byte 255 is NaN. Exact, unless a value leaves
-    the range of `dtype`.
+    A byte holds two elements, the first in its low nibble. Exact in bf16, fp32 and fp64 wherever the value is
+    representable; overflow gives inf, scale 255 gives NaN.
 
     Raises:
         ValueError: if there is not one scale for each block of 16 bytes.
     """
     if blocks.shape != (*scales.shape, BLOCK_SIZE // 2):
-        needed, got = tuple(blocks.shape[:-1]), tuple(scales.shape)
-        raise ValueError(f"blocks {tuple(blocks.shape)} need scales {needed}, not {got}")
-    values = torch.tensor(E2M1_VALUES, dtype=dtype, device=blocks.device)
-    codes = torch.stack((blocks & 0xF, blocks >> 4), dim=-1).flatten(-2)
-    # ldexp by way of fp32 would lose the range of fp64 and gain nothing in bf16, whose exponents are those of fp32.
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    exponents = scales.to(torch.int32) - E8M0_BIAS
-    # 2^-127 is subnormal in fp32 and some devices flush it: scaling in two steps never forms it.
-    half = exponents // 2
-    scaled = torch.ldexp(torch.ldexp(values.to(wide)[codes.int()], half[..., None]), (exponents - half)[..., None])
-    scaled = scaled.masked_fill((scales == E8M0_NAN)[..., None], torch.nan)
-    return scaled.to(dtype).flatten(-2)
+        raise ValueError(f"{tuple(blocks.shape)} blocks do not go with {tuple(scales.shape)} scales")
+    # Half precision lacks the scales' range, so it is multiplied in fp32; bf16 products need 2 bits and are exact.
+    compute = dtype if dtype in (torch.bfloat16, torch.float32, torch.float64) else torch.float32
+    elements = torch.tensor(ELEMENTS, dtype=compute, device=blocks.device)
+    # Looking up whole bytes halves the lookups and needs no unpacked copy of the codes.
+    pairs = torch.stack((elements.repeat(16), elements.repeat_interleave(16)), dim=-1)
+    values = F.embedding(blocks.int(), pairs).flatten(-2)
+    values *= scale_values(scales, compute).unsqueeze(-1)
+    return values.flatten(-2).to(dtype)
+
+
+def scale_values(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scale bytes as numbers, 255 as NaN."""
+    # A table, because exp2 need not be exact in fp32.
+    table = [math.ldexp(1.0, byte - SCALE_BIAS) for byte in range(SCALE_NAN)] + [math.nan]
+    return torch.tensor(table, dtype=dtype, device=scales.device)[scales.int()]
 
 
 def grouped_linear(x_TI: Tensor, weight: MXFP4Weight, bias_EO: Tensor | None, ends_E: Sequence[int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gptoss_ft.config.load import load_train_config
+from gptoss_ft.config.load import compose_train_config
 from gptoss_ft.config.schema import ExportCommand
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import export_adapter, read_adapter
@@ -36,4 +36,4 @@ def base_of(run: RunFolder) -> Path:
     """The base checkpoint that a run trained on, by its config."""
     if not run.config.is_file():
         raise UserError(f"{run.path} has no {run.config.name}: it is not the folder of a training run")
-    return Path(load_train_config([f"config={run.config}"]).model.path)
+    return Path(compose_train_config([f"config={run.config}"]).model.path)

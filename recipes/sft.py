@@ -1,6 +1,5 @@
 """Supervised fine-tuning with LoRA: rows and a checkpoint in, an adapter and proven exports out."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from gptoss_ft.adapters.save import save_adapter
 from gptoss_ft.config.load import to_yaml
 from gptoss_ft.config.schema import AdapterConfig, DataConfig, ModelConfig, TrainConfig, TrainerConfig
 from gptoss_ft.data.collate import PaddingCollator
-from gptoss_ft.data.dataset import CompiledSamples, Sample, compile_samples, split_rows, to_dataset
+from gptoss_ft.data.dataset import CompiledSamples, compile_samples, split_rows, to_dataset
 from gptoss_ft.errors import UserError
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
@@ -24,6 +23,7 @@ from gptoss_ft.training.audit import AuditCallback
 from gptoss_ft.training.callbacks import MetricsCallback, PortableCheckpointCallback, ProgressCallback
 from gptoss_ft.training.memory import peak_gib
 from gptoss_ft.training.run_folder import RunFolder, write_json
+from gptoss_ft.training.trackers import trackers_in
 from gptoss_ft.training.trainer import SftTrainer
 
 
@@ -42,10 +42,11 @@ def main(cfg: TrainConfig) -> Path:
     if PartialState().is_main_process:
         run.write_origin(to_yaml(cfg))
 
-    trainer = make_trainer(model, train_set, eval_set, run, cfg.trainer, cfg.seed)
-    before = trainer.evaluate() if eval_set else {}
-    trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
-    after = trainer.evaluate() if eval_set else {}
+    with trackers_in(run.path):
+        trainer = make_trainer(model, train_set, eval_set, run, cfg.trainer, cfg.seed)
+        before = trainer.evaluate() if eval_set else {}
+        trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+        after = trainer.evaluate() if eval_set else {}
 
     if PartialState().is_main_process:
         save_adapter(model, run.adapter)
@@ -81,13 +82,6 @@ def build_datasets(cfg: DataConfig, seed: int) -> tuple[Dataset, Dataset | None]
     if cfg.eval_path:
         held_out = compile_files(cfg.eval_path, cfg).samples
     return to_dataset(train), to_dataset(held_out) if held_out else None
-
-
-def held_out_samples(cfg: DataConfig, seed: int) -> list[Sample]:
-    """The samples a run did not train on, or its training samples if it held out none."""
-    compiled = compile_files(cfg.eval_path or cfg.path, cfg)
-    train, held_out = split_rows(compiled.samples, cfg.eval_fraction, seed)
-    return held_out or train
 
 
 def compile_files(paths: list[str], cfg: DataConfig) -> CompiledSamples:
@@ -166,9 +160,6 @@ def make_trainer(
 
 def training_arguments(cfg: TrainerConfig, run: RunFolder, seed: int) -> TrainingArguments:
     """The trainer section in transformers' own terms."""
-    # Both trackers take their folder from the environment; the user's own choice wins.
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
-    os.environ.setdefault("WANDB_DIR", str(run.path))
     return TrainingArguments(
         output_dir=str(run.checkpoints),
         max_steps=cfg.max_steps,

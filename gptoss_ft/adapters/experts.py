@@ -98,7 +98,7 @@ class ExpertsLora(nn.Module, LoraLayer):
         ]
 
     def _note_reached(self, experts_TK: Tensor, grad_TH: Tensor) -> None:
-        # Padding is routed too, and in the last layer so are prompts: their gradient is zero, and no expert learns by it.
+        # Padding is routed too, and in the last layer so are prompts: their gradient is zero, no expert learns by it.
         reached_by = experts_TK[(grad_TH != 0).any(-1)].flatten().cpu()
         for layer in self.nested():
             if layer.reached_E is not None:

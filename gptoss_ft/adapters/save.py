@@ -116,7 +116,7 @@ def _outer_projection(state: dict[str, Tensor], config: LoraConfig, layer: str) 
         return "down_proj"
     named = [name for name in PROJECTIONS if any(p.endswith(f"experts.{name}") for p in config.target_parameters or ())]
     if len(named) != 1:
-        raise UserError("adapter_config.json must name one expert projection under target_parameters, as its tensors do")
+        raise UserError(f"{CONFIG_FILE} must name one expert projection under target_parameters, as its tensors do")
     return named[0]
 
 
@@ -129,6 +129,8 @@ def _check_state(model: PeftModel, state: dict[str, Tensor], *, where: Path) -> 
             raise UserError(f"{where}: tensor {name} has no place in this base model")
         if state[name].shape != wanted[name].shape:
             got, need = tuple(state[name].shape), tuple(wanted[name].shape)
-            raise UserError(f"{where}: {name} is {got}, but this base model needs {need}: it was trained on another base")
+            raise UserError(
+                f"{where}: {name} is {got}, but this base model needs {need}: it was trained on another base"
+            )
         if not state[name].isfinite().all():
             raise UserError(f"{where}: {name} holds NaN or infinite numbers")

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from gptoss_ft.errors import UserError
 from gptoss_ft.files import whole_folder
+from gptoss_ft.kernels.reference import BLOCK_SIZE, dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.shards import Entry, write_shards
 from gptoss_ft.model.spec import QUANTIZATION_CONFIG, SPECS, GptOssSpec, TensorSpec, config_as_text
 from gptoss_ft.model.tokenizer import TOKENIZER_FILES, write_tokenizer_files
-from gptoss_ft.mxfp4.codec import BLOCK, dequantize_mxfp4, quantize_mxfp4
+from gptoss_ft.mxfp4.codec import quantize_mxfp4
 from gptoss_ft.mxfp4.round import UpdateStats, measure_update, round_merged
 
 MergeFormat = Literal["bf16", "mxfp4"]
@@ -244,8 +245,8 @@ class _Job:
     def _round_to_mxfp4(
         self, name: str, weight: Tensor, update: Callable[[slice], Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        num_rows, groups = weight.shape[0], weight.shape[1] // BLOCK
-        blocks = torch.empty(num_rows, groups, BLOCK // 2, dtype=torch.uint8)
+        num_rows, groups = weight.shape[0], weight.shape[1] // BLOCK_SIZE
+        blocks = torch.empty(num_rows, groups, BLOCK_SIZE // 2, dtype=torch.uint8)
         scales = torch.empty(num_rows, groups, dtype=torch.uint8)
 
         def quantize(rows: slice) -> UpdateStats:

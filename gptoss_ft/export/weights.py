@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gptoss_ft.export.merge import LowRankDelta
+from gptoss_ft.kernels.reference import BLOCK_SIZE, dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
-from gptoss_ft.mxfp4.codec import BLOCK, dequantize_mxfp4
 
 CHUNK_ROWS = 4096
 
@@ -84,7 +84,7 @@ def worst_block(wanted: Tensor, found: Tensor) -> float:
 
 def _block_norms(values: Tensor) -> Tensor:
     # 32 is the block of MXFP4; a remainder, or a whole vector, fills up with zeros.
-    return pad(values, (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK)).norm(dim=-1)
+    return pad(values, (0, -values.shape[-1] % BLOCK_SIZE)).unflatten(-1, (-1, BLOCK_SIZE)).norm(dim=-1)
 
 
 def _expert(checkpoint: Checkpoint, name: str, expert: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The stacked experts of a layer as modules: packed MXFP4, or transformers' own dense ones, one forward for both."""
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class PackedExperts(nn.Module):
         return f"{self.num_experts} experts, {self.hidden_size} -> {self.intermediate_size}, MXFP4"
 
 
-Experts = PackedExperts | GptOssExperts
+Experts: TypeAlias = PackedExperts | GptOssExperts
 
 
 def projection_shape(experts: Experts, name: str) -> tuple[int, int]:

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from gptoss_ft.errors import ConfigError
 from gptoss_ft.files import whole_folder
+from gptoss_ft.kernels.reference import BLOCK_SIZE, MAGNITUDES, SCALE_BIAS, dequantize_mxfp4
 from gptoss_ft.model import layouts
 from gptoss_ft.model.shards import Entry, Producer, write_shards
 from gptoss_ft.model.spec import SPECS, GptOssSpec, Layout, TensorSpec
 from gptoss_ft.model.tokenizer import write_tokenizer_files
-from gptoss_ft.mxfp4.codec import BLOCK, MAGNITUDES, SCALE_BIAS, SIGN_BIT, dequantize_mxfp4
+from gptoss_ft.mxfp4.codec import SIGN_BIT
 
 EMBEDDING_STD = 1.0
 # Logits of std 3.4: a frozen head much smaller than this caps them and leaves adapters little to learn with.
@@ -122,7 +123,7 @@ def _packed_experts(stem: str, tensor: TensorSpec, seed: int, part: int) -> Iter
 def _dequantized_experts(stem: str, tensor: TensorSpec, seed: int) -> Iterator[Tensor]:
     experts, columns, rows = tensor.shape
     for expert in range(experts):
-        blocks, scales = random_expert(f"{stem}.{expert}", rows, columns // BLOCK, seed)
+        blocks, scales = random_expert(f"{stem}.{expert}", rows, columns // BLOCK_SIZE, seed)
         yield dequantize_mxfp4(blocks, scales, tensor.dtype).T.contiguous()
 
 
@@ -131,7 +132,7 @@ def random_expert(key: str, rows: int, groups: int, seed: int, *, scales_only: b
 
     A pure function of seed and key. With `scales_only` the blocks are left empty.
     """
-    std = (groups * BLOCK) ** -0.5
+    std = (groups * BLOCK_SIZE) ** -0.5
     exponents, upper_bounds, thresholds = _block_classes(std)
     classes = np.searchsorted(thresholds, _random_uint16(_stream(seed, key + ".scales"), rows * groups), side="right")
     scales = (np.array(exponents) + SCALE_BIAS).astype(np.uint8)[classes].reshape(rows, groups)
@@ -161,7 +162,7 @@ def _block_classes(std: float) -> tuple[list[int], list[float], np.ndarray]:
     cumulative: list[int] = []
     for exponent in range(math.floor(math.log2(std)) - 6, math.floor(math.log2(std)) + 4):
         bound = 1.75 * 2.0 ** (exponent + 2)
-        below = math.erf(bound / std / math.sqrt(2)) ** BLOCK
+        below = math.erf(bound / std / math.sqrt(2)) ** BLOCK_SIZE
         odds = round(65536 * below)
         if odds > (cumulative[-1] if cumulative else 0):
             exponents.append(exponent)

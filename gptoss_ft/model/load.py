@@ -79,7 +79,8 @@ def load_base(
     packed = precision == "mxfp4"
     if packed and checkpoint.layout == "bf16":
         raise UserError(
-            f"{path} holds bf16 experts, so there is no MXFP4 to keep: set model.precision=bf16 or use the MXFP4 checkpoint"
+            f"{path} holds bf16 experts, so there is no MXFP4 to keep: "
+            "set model.precision=bf16 or use the MXFP4 checkpoint"
         )
     config = GptOssConfig.from_dict(
         {key: value for key, value in checkpoint.spec.hf_config().items() if key != "quantization_config"}

@@ -1,46 +1,22 @@
-"""Encode and decode MXFP4: e2m1 elements in blocks of 32 that share one power-of-two scale (OCP MX v1.0).
+"""Encode MXFP4: e2m1 elements in blocks of 32 that share one power-of-two scale (OCP MX v1.0).
 
 Shape suffixes: O rows · G blocks of a row · B bytes of a block (16) · V elements of a block (32).
 Leading dimensions, such as experts, are free. A byte holds two elements, the even one in its low nibble.
-A scale byte s stands for 2^(s - 127), and 255 for NaN. Everything here works on any device, and in one go:
+The decoder is `gptoss_ft.kernels.reference.dequantize_mxfp4`. Everything here works on any device, and in one go:
 a caller with more rows than memory splits them.
 """
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-BLOCK = 32
-SCALE_BIAS = 127
-SCALE_NAN = 255
-MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-ELEMENTS = MAGNITUDES + tuple(-magnitude for magnitude in MAGNITUDES)
+from gptoss_ft.kernels.reference import BLOCK_SIZE, SCALE_BIAS, SCALE_NAN, scale_values
+
 SIGN_BIT = 8
 
 ScaleRule = Literal["even", "floor"]
-
-
-def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Expand `blocks` [..., G, 16] and `scales` [..., G], both uint8, to `dtype` [..., 32·G].
-
-    Exact in bf16, fp32 and fp64 wherever the value is representable; overflow gives inf, scale 255 gives NaN.
-
-    Raises:
-        ValueError: if there is not one scale per block of 16 bytes.
-    """
-    if blocks.shape[:-1] != scales.shape or blocks.shape[-1] != BLOCK // 2:
-        raise ValueError(f"{tuple(blocks.shape)} blocks do not go with {tuple(scales.shape)} scales")
-    # Half precision lacks the scales' range, so it is multiplied in fp32; bf16 products need 2 bits and are exact.
-    compute = dtype if dtype in (torch.bfloat16, torch.float32, torch.float64) else torch.float32
-    elements = torch.tensor(ELEMENTS, dtype=compute, device=blocks.device)
-    # Looking up whole bytes halves the lookups and needs no unpacked copy of the codes.
-    pairs = torch.stack((elements.repeat(16), elements.repeat_interleave(16)), dim=-1)
-    values_GV = torch.nn.functional.embedding(blocks.int(), pairs).flatten(-2)
-    values_GV *= scale_values(scales, compute).unsqueeze(-1)
-    return values_GV.flatten(-2).to(dtype)
 
 
 def quantize_mxfp4(values: Tensor, scales: Tensor | None = None, rule: ScaleRule = "even") -> tuple[Tensor, Tensor]:
@@ -91,17 +67,10 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
 
 
-def scale_values(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scale bytes as numbers, 255 as NaN."""
-    # A table, because exp2 need not be exact in fp32.
-    table = [math.ldexp(1.0, byte - SCALE_BIAS) for byte in range(SCALE_NAN)] + [math.nan]
-    return torch.tensor(table, dtype=dtype, device=scales.device)[scales.int()]
-
-
 def _in_blocks(values: Tensor) -> Tensor:
-    if values.shape[-1] % BLOCK:
-        raise ValueError(f"the last dimension of {tuple(values.shape)} is not a multiple of {BLOCK}")
-    return values.unflatten(-1, (-1, BLOCK))
+    if values.shape[-1] % BLOCK_SIZE:
+        raise ValueError(f"the last dimension of {tuple(values.shape)} is not a multiple of {BLOCK_SIZE}")
+    return values.unflatten(-1, (-1, BLOCK_SIZE))
 
 
 def _amax_parts(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,15 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptoss_ft.mxfp4.codec import (
-    BLOCK,
-    SIGN_BIT,
-    dequantize_mxfp4,
-    even_scales,
-    pack_nibbles,
-    quantize_mxfp4,
-    unpack_nibbles,
-)
+from gptoss_ft.kernels.reference import BLOCK_SIZE, dequantize_mxfp4
+from gptoss_ft.mxfp4.codec import SIGN_BIT, even_scales, pack_nibbles, quantize_mxfp4, unpack_nibbles
 
 
 @dataclass(frozen=True)
@@ -109,7 +102,7 @@ def round_merged(target: Tensor, base_blocks: Tensor, base_scales: Tensor) -> tu
 
 
 def _in_blocks(values: Tensor) -> Tensor:
-    return values.unflatten(-1, (-1, BLOCK))
+    return values.unflatten(-1, (-1, BLOCK_SIZE))
 
 
 def _squared_error(values: Tensor, wanted: Tensor) -> Tensor:

@@ -82,7 +82,13 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     here = Path(__file__).resolve().parent
-    asked = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    # An installed package may lie inside somebody else's repository; ours has the source of this very file.
-    tracked = subprocess.run(["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
-    return asked.stdout.strip() if asked.returncode == 0 and tracked.returncode == 0 else None
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed package may lie inside somebody else's repository; ours tracks this very file.
+    return git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", __file__) else None

@@ -58,7 +58,7 @@ class SftTrainer(Trainer):
         loss_sum, num_tokens = self.accelerator.reduce(totals.to(self.args.device, torch.float64)).tolist()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / num_tokens, f"{metric_key_prefix}_tokens": int(num_tokens)}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

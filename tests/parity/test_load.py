@@ -106,13 +106,15 @@ def test_generation_with_a_cache_equals_generation_without(small_bases, ids):
 
 
 def test_bf16_experts_cannot_be_kept_packed(small_bases):
-    with pytest.raises(UserError, match="model.precision=bf16"):
+    with pytest.raises(UserError, match=r"model\.precision=bf16"):
         load_base(small_bases["bf16"])
 
 
 def test_another_architecture_is_refused(small_bases, tmp_path):
     folder = shutil.copytree(small_bases["mxfp4"], tmp_path / "llama")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    )
     with pytest.raises(UserError, match="llama"):
         load_base(folder)

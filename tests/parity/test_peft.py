@@ -194,7 +194,9 @@ class TestDamagedAdapters:
         self.refuse(small_bases, adapter, "another base")
 
     def test_of_another_model(self, small_bases, adapter):
-        self.edit(adapter, lambda state: state.update({"base_model.model.model.layers.0.mlp.up.lora_A.weight": torch.ones(1)}))
+        self.edit(
+            adapter, lambda state: state.update({"base_model.model.model.layers.0.mlp.up.lora_A.weight": torch.ones(1)})
+        )
         self.refuse(small_bases, adapter, "layers.0.mlp.up")
 
     def test_with_dora(self, small_bases, adapter):

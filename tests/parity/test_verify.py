@@ -90,8 +90,8 @@ def train(folder, base, spec, targets=("all", "router"), *, steps=4):
         optimizer.zero_grad()
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
-    save_adapter(model, folder / "adapter")
-    return Trained(base, folder / "adapter", samples)
+    save_adapter(model, folder / "trained")
+    return Trained(base, folder / "trained", samples)
 
 
 def trained_on(tmp_path, spec=WIDE, *, layout="mxfp4", **options):
@@ -172,11 +172,6 @@ def swap_nibbles(tensors):
     tensors[f"{gate_up()}_blocks"] = (blocks << 4) | (blocks >> 4)
 
 
-def one_code(tensors):
-    # A copied expert's bit: none of the rows needs to pass through it.
-    tensors[f"{gate_up(0)}_blocks"][1, 7, 0, 3] ^= 0x08
-
-
 def swap_experts(tensors):
     for part in ("blocks", "scales"):
         packed = tensors[f"{gate_up()}_{part}"]
@@ -191,7 +186,7 @@ def head_row(tensors):
     tensors["lm_head.weight"][7] *= 2
 
 
-def transposed_query(tensors):
+def transposed_output(tensors):
     name = "model.layers.0.self_attn.o_proj.weight"
     tensors[name] = tensors[name].T.reshape(tensors[name].shape)
 
@@ -212,8 +207,8 @@ def truncated_bf16(tensors):
 
 DAMAGES = [
     *(("mxfp4", damage) for damage in (swap_rows, swap_gate_and_up, halves_instead_of_interleaved, zero_scale)),
-    *(("mxfp4", damage) for damage in (nan_scale, swap_nibbles, swap_experts, sinks, head_row, transposed_query)),
-    *(("bf16", damage) for damage in (swap_bf16_columns, transposed_bf16, truncated_bf16, sinks, transposed_query)),
+    *(("mxfp4", damage) for damage in (nan_scale, swap_nibbles, swap_experts, sinks, head_row, transposed_output)),
+    *(("bf16", damage) for damage in (swap_bf16_columns, transposed_bf16, truncated_bf16, sinks, transposed_output)),
 ]
 
 
@@ -233,7 +228,9 @@ def test_damaged_weights_fail(wide, exports, tmp_path, format, damage):
     report = wide.verify(damaged(exports, format, damage, tmp_path / "out"))
 
     assert not report.passed
-    assert any("weights are not what was trained; model.layers." in line or "lm_head" in line for line in report.failures)
+    assert any(
+        "weights are not what was trained; model.layers." in line or "lm_head" in line for line in report.failures
+    )
     json.dumps(report.to_dict(), allow_nan=False)
 
 
@@ -243,7 +240,7 @@ def test_one_flipped_sign_in_a_copied_expert_fails(tmp_path):
     blocks = f"{gate_up(0)}_blocks"
 
     def flip(tensors):
-        byte = tensors[blocks][1, 7].flatten().nonzero()[0]  # a zero has a sign, but no other value
+        byte = tensors[blocks][1, 7].flatten().nonzero()[0]  # an element of a byte that is not two zeros
         tensors[blocks][1, 7].view(-1)[byte] ^= 0x88
 
     report = trained.verify(damaged(exports, "mxfp4", flip, tmp_path / "bad"))
@@ -332,7 +329,7 @@ def test_folders_that_are_no_export_of_the_run_are_named(wide, exports, tmp_path
     with pytest.raises(UserError, match="nowhere"):
         wide.verify(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty has no config.json"):
+    with pytest.raises(UserError, match=r"empty has no config\.json"):
         wide.verify(tmp_path / "empty")
     init_checkpoint(WIDE, tmp_path / "original", layout="original", progress=False)
     with pytest.raises(UserError, match="no export format"):
@@ -340,8 +337,10 @@ def test_folders_that_are_no_export_of_the_run_are_named(wide, exports, tmp_path
     init_checkpoint(DEEP, tmp_path / "deep", progress=False)
     with pytest.raises(UserError, match="num_hidden_layers is 3, but the base has 2"):
         wide.verify(tmp_path / "deep")
-    with pytest.raises(UserError, match="o_proj"):
-        wide.verify(damaged(exports, "bf16", lambda tensors: tensors.pop("model.layers.0.self_attn.o_proj.bias"), tmp_path / "short"))
+    name = "model.layers.0.self_attn.o_proj.bias"
+    short = damaged(exports, "bf16", lambda tensors: tensors.pop(name), tmp_path / "short")
+    with pytest.raises(UserError, match=name):
+        wide.verify(short)
 
 
 def test_missing_and_foreign_tokenizers_are_named(wide, exports, tmp_path):
@@ -416,6 +415,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     spec = replace(WIDE, hidden_size=32, intermediate_size=64, vocab_size=201088)
     trained = trained_on(folder, spec, targets=["attention"])
+    trained.adapter.rename(folder / "adapter")
+    trained.adapter = folder / "adapter"
     messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4", "thinking": "Four."}]
     (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for _ in range(3)))
     words = [f"run.dir={folder}", f"model.path={trained.base}", f"data.path={folder / 'rows.jsonl'}"]

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptoss_ft.errors import UserError
+from gptoss_ft.kernels.reference import dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint, random_tensors
 from gptoss_ft.model.shards import write_shards
 from gptoss_ft.model.spec import SPECS
-from gptoss_ft.mxfp4.codec import dequantize_mxfp4
 
 # The original config has no special ids; in a vocabulary this small both are read as its last.
 SPEC = replace(SPECS["tiny"], vocab_size=96, num_hidden_layers=2, eos_token_id=95, pad_token_id=95)
