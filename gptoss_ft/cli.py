@@ -1,6 +1,8 @@
 """`gptoss-ft COMMAND key=value ...`: everything heavy is imported only by the command that needs it."""
 
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     if set(rest) & set(HELP):
         print(manual(name))
         return 0
+    quiet_libraries()
     try:
         return COMMANDS[name].run(rest)
     except UserError as error:
@@ -124,6 +127,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def quiet_libraries() -> None:
+    """Drop the warnings that libraries give each other, about which a user can do nothing."""
+    # PEFT 0.21 reads an attribute that transformers 5.23 has renamed.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # bitsandbytes, which PEFT imports, looks on a CPU for a 4-bit inference kernel; nothing here is in its 4-bit format.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def overview() -> str:

@@ -1,6 +1,5 @@
 """Attach LoRA to a base model, and count: every tensor that was asked for, or an error."""
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,10 +122,7 @@ def attach_config(model: GptOssForCausalLM, config: LoraConfig, targets: Targets
     config.target_parameters = targets.suffixes("mlp.router.weight") if ROUTER in targets.names else None
     if config.target_parameters and config.lora_dropout:
         raise UserError("adapter.dropout must be 0 when the router is targeted: PEFT has no dropout for parameters")
-    with warnings.catch_warnings():
-        # PEFT 0.21 reads an attribute that transformers 5.23 has renamed.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+    peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     return peft_model, _count(peft_model, targets)
 
 

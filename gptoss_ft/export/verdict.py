@@ -24,7 +24,7 @@ SAME_MODEL_P95 = 1e-4
 WEIGHT_BOUNDS: dict[Kind, float] = {"copied": 0.0, "update": 1e-5, "bf16": 1.01 * 2**-8, "mxfp4": 0.4}
 
 # bf16 arithmetic, in which servers run these models, moves logits by 0.8 % of their spread; weights rounded to bf16
-# moved them by 0.1 to 0.6 %. Below this nobody can see whether an export kept a change.
+# moved them by 0.1 to 0.8 %. Below this nobody can see whether an export kept a change.
 ARITHMETIC_NOISE = 1e-2
 
 # Share of the training's effect that may be lost: median KL from the trained model over that of the base. Medians,

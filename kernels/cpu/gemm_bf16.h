@@ -96,7 +96,7 @@ TARGET static inline __m512i exponent_drop(__m512i scales, __m512i& worst) {
     return _mm512_slli_epi32(drop, 7);
 }
 
-TARGET bool pack_forward(const Weight& w, int64_t row, int64_t input, int64_t depth, int64_t ahead, void* panel) {
+TARGET bool pack_forward(const Weight& w, int64_t row, int64_t input, int64_t depth, void* panel) {
     const Tables& t = tables();
     const __m512i values = _mm512_load_si512(t.values);
     const __m512i spread[4] = {_mm512_load_si512(t.spread[0]), _mm512_load_si512(t.spread[1]),
@@ -112,9 +112,6 @@ TARGET bool pack_forward(const Weight& w, int64_t row, int64_t input, int64_t de
         for (int i = 0; i < 4; ++i) _mm512_store_si512(scale_words[i], scales[i]);
         for (int64_t b = 0; b < num_blocks; ++b) {
             const uint8_t* from = w.block(top, first + b);
-            // 16-byte steps through 16 rows are no stream that hardware follows.
-            if (b % 4 == 0)
-                for (int i = 0; i < 16; ++i) _mm_prefetch(reinterpret_cast<const char*>(from + i * stride + ahead), _MM_HINT_T1);
             __m512i codes[4];
             load_16_rows(from, stride, 0xffff, codes);
             const __m512i shifted = _mm512_srl_epi32(_mm512_load_si512(scale_words[b / 4]), _mm_cvtsi32_si128(b % 4 * 8));
@@ -230,6 +227,7 @@ TARGET static void dot_rows(const uint16_t* x, int64_t stride, const Weight& w, 
     for (int64_t b = 0; b < w.row_blocks; ++b) {
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) {
+            if (b % 4 == 0) prefetch(w.block(row + n + 4, b), 1);
             const __m512i bytes = _mm512_cvtepu8_epi32(load128(w.block(row + n, b)));
             const __m512i index = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
             const __m512i table = _mm512_load_si512(t.scaled[*w.scale(row + n, b)]);

@@ -44,7 +44,7 @@ TARGET void pack_tile(const void* x, int64_t stride, int64_t rows, int64_t depth
     }
 }
 
-TARGET bool pack_forward(const Weight& w, int64_t row, int64_t input, int64_t depth, int64_t, void* panel) {
+TARGET bool pack_forward(const Weight& w, int64_t row, int64_t input, int64_t depth, void* panel) {
     const float* scales = scale_values();
     auto* out = static_cast<vec*>(panel);
     for (int64_t b = input / kBlock; b < (input + depth) / kBlock; ++b) {

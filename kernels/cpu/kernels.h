@@ -28,9 +28,8 @@ struct Kernels {
     void (*pack_tile)(const void* x, int64_t stride, int64_t rows, int64_t depth, void* tile);
 
     // Decode a panel for Y = X W^T: columns are weight rows [row, row + columns), depth is inputs [input, input + depth).
-    // `ahead` is the distance in bytes to what will be decoded next, to be prefetched. False: a scale in there is out of
-    // the range of these kernels and `exact` must be used.
-    bool (*pack_forward)(const Weight&, int64_t row, int64_t input, int64_t depth, int64_t ahead, void* panel);
+    // False: a scale in there is out of the range of these kernels and `exact` must be used.
+    bool (*pack_forward)(const Weight&, int64_t row, int64_t input, int64_t depth, void* panel);
 
     // Decode consecutive panels for dX = dY W: columns are inputs [input, input + width), depth is weight rows.
     bool (*pack_dx)(const Weight&, int64_t row, int64_t depth, int64_t input, int64_t width, void* panels);
