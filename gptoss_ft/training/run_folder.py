@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from gptoss_ft.errors import UserError
 from gptoss_ft.files import write_whole
 
-PACKAGES = ("gptoss-ft", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
+PACKAGES = ("gptoss-ft", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
 
 class RunFolder:
@@ -61,6 +61,8 @@ def origin() -> dict[str, object]:
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
+        # With its build, such as +cpu or +cu130, which the package's metadata may leave out.
+        "torch": torch.__version__,
         "commit": _commit(),
         "machine": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",

@@ -1,0 +1,162 @@
+"""The compiled CPU kernels (`cpu/`), called through ctypes on the memory of tensors.
+
+The library is built when the package is installed; nothing is compiled here. T rows · I input features · O output
+features · E experts · G blocks of 32 inputs (I = 32·G) · B bytes per block (16)
+"""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
+
+LIBRARY_NAME = "libgptoss_ft_cpu.so"
+ISA_VARIABLE = "GPTOSS_FT_CPU_ISA"
+# In the order of the library's numbers: a processor that runs one runs all before it.
+ISAS = ("portable", "avx2", "avx512bf16")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_SIGNATURES = {
+    "gptoss_ft_best_isa": ([], _INT),
+    "gptoss_ft_register_peak": ([_INT, _LONG], _LONG),
+    # isa, threads, dtype, blocks, scales, number of blocks, out
+    "gptoss_ft_decode": ([_INT, _INT, _INT, _POINTER, _POINTER, _LONG, _POINTER], _INT),
+    # isa, threads, dtype, x, blocks, scales, bias, its dtype, ends, E, O, I, y
+    "gptoss_ft_grouped_linear": (
+        [_INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER],
+        _INT,
+    ),
+    # isa, threads, dtype, dy, blocks, scales, ends, E, O, I, dx
+    "gptoss_ft_grouped_linear_dx": (
+        [_INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER],
+        _INT,
+    ),
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library that was built with this package, or None if there was no compiler for it."""
+    found = resources.files("gptoss_ft.kernels").joinpath(LIBRARY_NAME)
+    if not found.is_file():
+        return None
+    loaded = ctypes.CDLL(str(found))
+    for name, (arguments, result) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, result
+    return loaded
+
+
+def supported_isas() -> tuple[str, ...]:
+    """The instruction sets of the library that this processor has, the best one last."""
+    return ISAS[: _library().gptoss_ft_best_isa() + 1]
+
+
+def selected_isa() -> str:
+    """The best instruction set of this processor, or the one that the environment variable GPTOSS_FT_CPU_ISA names.
+
+    Raises:
+        ValueError: if the variable names none that runs here.
+    """
+    supported = supported_isas()
+    name = os.environ.get(ISA_VARIABLE) or supported[-1]
+    if name not in supported:
+        raise ValueError(f"{ISA_VARIABLE}={name}: this processor runs {', '.join(supported)}; unset it or choose one")
+    return name
+
+
+def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`reference.dequantize_mxfp4` into fp32 or bf16."""
+    out = torch.empty(*scales.shape, BLOCK_SIZE, dtype=dtype)
+    args = (blocks.data_ptr(), scales.data_ptr(), scales.numel(), out.data_ptr())
+    _check(_library().gptoss_ft_decode(*_common(dtype), *args))
+    return out.flatten(-2)
+
+
+def grouped_linear(x_TI: Tensor, weight: MXFP4Weight, bias_EO: Tensor | None, ends_E: Sequence[int]) -> Tensor:
+    """`reference.grouped_linear` for fp32 or bf16 rows, summed in fp32 in an order that no number of threads changes.
+
+    Raises:
+        ValueError: if shapes or `ends_E` do not fit together.
+    """
+    E, O, I = _check_shapes(x_TI, weight, ends_E, inputs=True)
+    if bias_EO is not None and bias_EO.shape != (E, O):
+        raise ValueError(f"bias {tuple(bias_EO.shape)} must be {(E, O)}")
+    x_TI = x_TI.contiguous()
+    bias = None if bias_EO is None else (bias_EO if bias_EO.dtype in DTYPES else bias_EO.float()).contiguous()
+    y_TO = x_TI.new_empty(x_TI.shape[0], O)
+    status = _library().gptoss_ft_grouped_linear(
+        *_common(x_TI.dtype),
+        x_TI.data_ptr(),
+        weight.blocks_EOGB.data_ptr(),
+        weight.scales_EOG.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        0 if bias is None else DTYPES[bias.dtype],
+        (_LONG * E)(*ends_E),
+        *(E, O, I),
+        y_TO.data_ptr(),
+    )
+    _check(status)
+    return y_TO
+
+
+def grouped_linear_dx(dy_TO: Tensor, weight: MXFP4Weight, ends_E: Sequence[int]) -> Tensor:
+    """`reference.grouped_linear_dx` for fp32 or bf16 rows, under the same promise and checks as `grouped_linear`."""
+    E, O, I = _check_shapes(dy_TO, weight, ends_E, inputs=False)
+    dy_TO = dy_TO.contiguous()
+    dx_TI = dy_TO.new_empty(dy_TO.shape[0], I)
+    status = _library().gptoss_ft_grouped_linear_dx(
+        *_common(dy_TO.dtype),
+        dy_TO.data_ptr(),
+        weight.blocks_EOGB.data_ptr(),
+        weight.scales_EOG.data_ptr(),
+        (_LONG * E)(*ends_E),
+        *(E, O, I),
+        dx_TI.data_ptr(),
+    )
+    _check(status)
+    return dx_TI
+
+
+def register_peak(isa: str, iterations: int) -> int:
+    """Run arithmetic that stays in registers on this thread and return the floating-point operations done.
+
+    0 for `portable`, which has no such loop.
+    """
+    return _library().gptoss_ft_register_peak(ISAS.index(isa), iterations)
+
+
+def _library() -> ctypes.CDLL:
+    loaded = library()
+    if loaded is None:
+        raise RuntimeError(f"{LIBRARY_NAME} was not built: reinstall gptoss-ft where g++ or clang is found")
+    return loaded
+
+
+def _common(dtype: torch.dtype) -> tuple[int, int, int]:
+    return ISAS.index(selected_isa()), torch.get_num_threads(), DTYPES[dtype]
+
+
+def _check_shapes(rows: Tensor, weight: MXFP4Weight, ends_E: Sequence[int], *, inputs: bool) -> tuple[int, int, int]:
+    """(E, O, I), after everything the library would otherwise read or write out of bounds for."""
+    E, O, G, B = weight.blocks_EOGB.shape
+    I = G * BLOCK_SIZE
+    if weight.scales_EOG.shape != (E, O, G) or B != BLOCK_SIZE // 2:
+        blocks, scales = tuple(weight.blocks_EOGB.shape), tuple(weight.scales_EOG.shape)
+        raise ValueError(f"blocks {blocks} and scales {scales} are not [E, O, G, 16] and [E, O, G]")
+    if rows.ndim != 2 or rows.shape[1] != (I if inputs else O):
+        raise ValueError(f"rows {tuple(rows.shape)} must be [T, {I if inputs else O}]")
+    if len(ends_E) != E or list(ends_E) != sorted(ends_E) or min(ends_E) < 0 or max(ends_E) != rows.shape[0]:
+        raise ValueError(f"ends_E must be {E} numbers that rise to {rows.shape[0]}, not {list(ends_E)}")
+    return E, O, I
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        raise MemoryError("no memory for the scratch space of a CPU kernel")

@@ -1,0 +1,242 @@
+"""Every path of the CPU library against the torch reference in fp64, and the choice between the two."""
+
+import logging
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptoss_ft.kernels import cpu_library, dispatch, reference
+from gptoss_ft.kernels.reference import MXFP4Weight
+
+built = pytest.mark.skipif(cpu_library.library() is None, reason="the CPU library was not built: no C++ compiler")
+
+# O and I: the smallest; tails of strips (128 and 256), of slices of the sums (256), and an odd number of blocks.
+SHAPES = [(32, 32), (96, 160), (288, 544)]
+# None, one, the dot-product path (up to 4), tiles of 6 and 14 with remainders, and more than one block of 512.
+ROWS = [(0, 0), (1, 0, 3), (4, 5, 0, 14, 15), (530, 2)]
+
+
+@pytest.fixture(params=cpu_library.ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param not in cpu_library.supported_isas():
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setenv(cpu_library.ISA_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fresh tensors hold NaN, so an element that no kernel writes shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.zeros(1).new_empty(4, 8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random_weight(E: int, O: int, I: int, scales: tuple[int, int] = (115, 123)) -> MXFP4Weight:
+    blocks = torch.randint(0, 256, (E, O, I // 32, 16), dtype=torch.uint8)
+    return MXFP4Weight(blocks, torch.randint(scales[0], scales[1] + 1, (E, O, I // 32), dtype=torch.uint8))
+
+
+def assert_as_exact_as_torch(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
+    if truth.numel() == 0:
+        assert ours.shape == truth.shape
+        return
+    error, budget = ((t.double() - truth).abs().max() for t in (ours, plain))
+    # fp32 torch adds up in more partial sums than there are registers here, and at these sizes hardly errs at all.
+    floor = truth.abs().max() * 2**-20
+    assert error <= max(2 * budget, floor), f"{error:.2e} > 2 x {budget:.2e}"
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poisoned_memory", "isa")
+def test_products_err_at_most_twice_as_much_as_plain_torch(shape, rows, dtype):
+    torch.manual_seed(0)
+    (O, I), ends, E = shape, list(accumulate(rows)), len(rows)
+    weight, bias = random_weight(E, O, I), torch.randn(E, O, dtype=dtype)
+    x, dy = torch.randn(ends[-1], I, dtype=dtype), torch.randn(ends[-1], O, dtype=dtype)
+    assert_as_exact_as_torch(
+        cpu_library.grouped_linear(x, weight, bias, ends),
+        reference.grouped_linear(x, weight, bias, ends),
+        reference.grouped_linear(x.double(), weight, bias.double(), ends),
+    )
+    assert_as_exact_as_torch(
+        cpu_library.grouped_linear_dx(dy, weight, ends),
+        reference.grouped_linear_dx(dy, weight, ends),
+        reference.grouped_linear_dx(dy.double(), weight, ends),
+    )
+
+
+@built
+@pytest.mark.usefixtures("isa")
+def test_bias_may_have_another_dtype_or_be_absent():
+    weight, x = random_weight(2, 64, 32), torch.randn(5, 32, dtype=torch.bfloat16)
+    plain = cpu_library.grouped_linear(x, weight, None, [2, 5])
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        biased = cpu_library.grouped_linear(x, weight, torch.full((2, 64), 1024.0, dtype=dtype), [2, 5])
+        torch.testing.assert_close(biased.float(), plain.float() + 1024, rtol=2**-8, atol=0)
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.usefixtures("poisoned_memory", "isa")
+def test_decode_has_the_bits_of_the_reference_for_every_scale_and_code(dtype):
+    blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(256, 1, 1)
+    scales = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 16)
+    ours, theirs = cpu_library.decode(blocks, scales, dtype), reference.dequantize_mxfp4(blocks, scales, dtype)
+    assert ours.shape == theirs.shape
+    assert ours[255].isnan().all() and theirs[255].isnan().all()
+    integer = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    assert torch.equal(ours[:255].view(integer), theirs[:255].view(integer))
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("scales", [(0, 1), (20, 40), (251, 254), (0, 254), (0, 255)], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_extreme_scales_neither_vanish_nor_stay_finite_by_mistake(scales, rows, dtype):
+    torch.manual_seed(1)
+    weight = random_weight(2, 64, 288, scales)
+    # One extreme block among many ordinary ones must be noticed too.
+    weight.scales_EOG[1].fill_(120)
+    weight.scales_EOG[1, 40, 3] = scales[0]
+    weight.scales_EOG[1, 41, 8] = scales[1]
+    x, dy = (torch.randn(rows, n).to(dtype) for n in (288, 64))
+    ends = [rows - 2, rows]
+    for ours, truth in [
+        (cpu_library.grouped_linear(x, weight, None, ends), reference.grouped_linear(x.double(), weight, None, ends)),
+        (cpu_library.grouped_linear_dx(dy, weight, ends), reference.grouped_linear_dx(dy.double(), weight, ends)),
+    ]:
+        # A column's terms are within a factor of its largest, so its own size is the measure of its error.
+        size = truth.abs().nan_to_num(0, 0, 0).amax(0, keepdim=True)
+        assert torch.equal(truth.isnan() & ours.isfinite(), torch.zeros_like(truth, dtype=torch.bool))
+        finite = ours.isfinite() & truth.isfinite()
+        assert ((ours.double() - truth).abs() / size)[finite].max() < (2**-7 if dtype == torch.bfloat16 else 2**-18)
+        # fp32 sums overflow before fp64 ones; far below that limit nothing may.
+        assert ours.isfinite()[truth.abs() < 1e36].all() or scales[1] > 250
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_every_number_of_threads_gives_the_same_bits(dtype):
+    torch.manual_seed(2)
+    weight, ends = random_weight(3, 96, 320), [37, 37, 40]
+    x, dy = torch.randn(40, 320).to(dtype), torch.randn(40, 96).to(dtype)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(
+            (cpu_library.grouped_linear(x, weight, None, ends), cpu_library.grouped_linear_dx(dy, weight, ends))
+        )
+    torch.set_num_threads(before)
+    for y, dx in results[1:]:
+        assert torch.equal(y, results[0][0]) and torch.equal(dx, results[0][1])
+
+
+@built
+@pytest.mark.usefixtures("isa")
+def test_weights_are_read_from_a_map_at_any_address_up_to_its_last_byte(tmp_path: Path):
+    weight, x = random_weight(2, 32, 96), torch.randn(20, 96, dtype=torch.bfloat16)
+    dy, ends = torch.randn(20, 32, dtype=torch.bfloat16), [3, 20]
+    expected = cpu_library.grouped_linear(x, weight, None, ends), cpu_library.grouped_linear_dx(dy, weight, ends)
+    for gap in (1, 7, 15):
+        for last in (0, 1):
+            # One tensor begins at an odd address, the other ends with the map, after which a read may be a fault.
+            parts = [tensor.numpy().tobytes() for tensor in (weight[1 - last], weight[last])]
+            size = -(-(len(parts[0]) + len(parts[1]) + gap) // 4096) * 4096
+            starts = [size - len(parts[1]) - gap - len(parts[0]), size - len(parts[1])]
+            path = tmp_path / f"weights{gap}{last}"
+            path.write_bytes(bytes(starts[0]) + parts[0] + bytes(gap) + parts[1])
+            mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+            views = [mapped[start : start + len(part)] for start, part in zip(starts, parts, strict=True)]
+            blocks, scales = views if last == 1 else views[::-1]
+            unaligned = MXFP4Weight(blocks.view_as(weight.blocks_EOGB), scales.view_as(weight.scales_EOG))
+            assert torch.equal(cpu_library.grouped_linear(x, unaligned, None, ends), expected[0])
+            assert torch.equal(cpu_library.grouped_linear_dx(dy, unaligned, ends), expected[1])
+
+
+@built
+def test_mistakes_are_errors_and_never_reach_the_library():
+    weight, x = random_weight(2, 64, 32), torch.randn(5, 32)
+    with pytest.raises(ValueError, match=r"rows \(5, 32\) must be \[T, 64\]"):
+        cpu_library.grouped_linear_dx(x, weight, [2, 5])
+    for ends in ([2, 6], [2, 4], [5], [6, 5], [-1, 5]):
+        with pytest.raises(ValueError, match="rise to 5"):
+            cpu_library.grouped_linear(x, weight, None, ends)
+    with pytest.raises(ValueError, match=r"bias \(2, 32\) must be \(2, 64\)"):
+        cpu_library.grouped_linear(x, weight, torch.zeros(2, 32), [2, 5])
+    with pytest.raises(ValueError, match=r"are not \[E, O, G, 16\]"):
+        cpu_library.grouped_linear(x, MXFP4Weight(weight.blocks_EOGB, weight.scales_EOG[:1]), None, [2, 5])
+
+
+@built
+def test_an_instruction_set_that_does_not_run_here_is_an_error(monkeypatch):
+    monkeypatch.setenv(cpu_library.ISA_VARIABLE, "avx1024")
+    with pytest.raises(ValueError, match="GPTOSS_FT_CPU_ISA=avx1024: this processor runs portable"):
+        dispatch.describe()
+
+
+@built
+def test_dispatch_takes_the_library_and_says_which_path(isa):
+    assert {(row.implementation, row.refused) for row in dispatch.describe()} == {(f"cpu/{isa}", "")}
+    weight, x = random_weight(2, 64, 32), torch.randn(5, 32, dtype=torch.bfloat16)
+    ours = cpu_library.grouped_linear(x, weight, None, [2, 5])
+    assert torch.equal(dispatch.grouped_linear(x, weight, None, [2, 5]), ours)
+
+
+def test_without_a_library_the_reference_runs_and_one_line_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(cpu_library, "library", lambda: None)
+    dispatch._log_once.cache_clear()
+    weight, x = random_weight(2, 64, 32), torch.randn(5, 32, dtype=torch.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        y = [dispatch.grouped_linear(x, weight, None, [2, 5]) for _ in range(2)]
+    assert torch.equal(y[0], reference.grouped_linear(x, weight, None, [2, 5]))
+    assert [record.message for record in caplog.records] == [
+        "packed experts run in plain torch, many times slower: "
+        "the CPU library was not built: no C++ compiler when gptoss-ft was installed"
+    ]
+    assert {row.implementation for row in dispatch.describe()} == {"torch"}
+
+
+@built
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("fp64", "computes in bf16 and fp32, not float64"),
+        ("strided", "not contiguous uint8"),
+        ("48 outputs", "48 output features"),
+        ("gradient", "autograd is recording"),
+    ],
+)
+def test_what_the_library_refuses_runs_in_the_reference_with_its_reason(case, reason, caplog):
+    dispatch._log_once.cache_clear()
+    O = 48 if case == "48 outputs" else 64
+    weight, x = random_weight(2, O, 64), torch.randn(5, 64, dtype=torch.float64 if case == "fp64" else torch.float32)
+    if case == "strided":
+        weight = MXFP4Weight(*(t.repeat_interleave(2, 0)[::2] for t in weight))
+    x.requires_grad_(case == "gradient")
+    with caplog.at_level(logging.WARNING):
+        y = dispatch.grouped_linear(x, weight, None, [2, 5])
+    assert torch.equal(y, reference.grouped_linear(x, weight, None, [2, 5]))
+    assert y.requires_grad == (case == "gradient")
+    assert len(caplog.records) == 1 and reason in caplog.text
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16), (3, 16)])
+def test_dispatched_decode_keeps_the_shape_and_errors_of_the_reference(shape):
+    blocks = torch.randint(0, 256, shape, dtype=torch.uint8)
+    scales = torch.randint(100, 130, shape[:-1], dtype=torch.uint8)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        expected = reference.dequantize_mxfp4(blocks, scales, dtype)
+        assert torch.equal(dispatch.dequantize_mxfp4(blocks, scales, dtype), expected)
+    with pytest.raises(ValueError, match="scales"):
+        dispatch.dequantize_mxfp4(blocks, scales[:1, ..., :1].clone()[:0])
