@@ -133,7 +133,7 @@ def quiet_libraries() -> None:
     """Drop the warnings that libraries give each other, about which a user can do nothing."""
     # PEFT 0.21 reads an attribute that transformers 5.23 has renamed.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    # bitsandbytes, which PEFT imports, looks on a CPU for a 4-bit inference kernel; nothing here is in its 4-bit format.
+    # bitsandbytes, which PEFT imports, looks on a CPU for a 4-bit inference kernel; nothing here is in 4 bits of its.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 

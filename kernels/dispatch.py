@@ -50,7 +50,7 @@ def grouped_linear_dx(dy_TO: Tensor, weight: MXFP4Weight, ends_E: Sequence[int])
     return reference.grouped_linear_dx(dy_TO, weight, ends_E)
 
 
-def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """`reference.dequantize_mxfp4` in the fastest implementation that can compute it, with the same bits."""
     fits = blocks.shape == (*scales.shape, BLOCK_SIZE // 2)
     if fits and _runs_in_library(dtype, MXFP4Weight(blocks, scales), (blocks, scales)):

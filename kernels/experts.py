@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptoss_ft.kernels import reference
+from gptoss_ft.kernels import dispatch, reference
 from gptoss_ft.kernels.reference import MXFP4Weight
 
 
@@ -73,7 +73,7 @@ def _project(x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) 
 
 
 class _PackedLinear(torch.autograd.Function):
-    """`reference.grouped_linear`; only `x` has a gradient, since packed weights and their biases stay frozen."""
+    """`dispatch.grouped_linear`; only `x` has a gradient, since packed weights and their biases stay frozen."""
 
     @staticmethod
     def forward(ctx, x_NI, blocks_EOGB, scales_EOG, bias_EO, ends_E):  # type: ignore[no-untyped-def]
@@ -83,12 +83,12 @@ class _PackedLinear(torch.autograd.Function):
             )
         ctx.save_for_backward(blocks_EOGB, scales_EOG)
         ctx.ends_E = ends_E
-        return reference.grouped_linear(x_NI, MXFP4Weight(blocks_EOGB, scales_EOG), bias_EO, ends_E)
+        return dispatch.grouped_linear(x_NI, MXFP4Weight(blocks_EOGB, scales_EOG), bias_EO, ends_E)
 
     @staticmethod
     def backward(ctx, dy_NO):  # type: ignore[no-untyped-def]
         weight = MXFP4Weight(*ctx.saved_tensors)
-        return reference.grouped_linear_dx(dy_NO, weight, ctx.ends_E), None, None, None, None
+        return dispatch.grouped_linear_dx(dy_NO, weight, ctx.ends_E), None, None, None, None
 
 
 def _dense_linear(x_NI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, ends_E: Sequence[int]) -> Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from gptoss_ft.errors import UserError
 from gptoss_ft.files import whole_folder
-from gptoss_ft.kernels.reference import BLOCK_SIZE, dequantize_mxfp4
+from gptoss_ft.kernels.dispatch import dequantize_mxfp4
+from gptoss_ft.kernels.reference import BLOCK_SIZE
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.shards import Entry, write_shards
 from gptoss_ft.model.spec import QUANTIZATION_CONFIG, SPECS, GptOssSpec, TensorSpec, config_as_text

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gptoss_ft.export.merge import LowRankDelta
-from gptoss_ft.kernels.reference import BLOCK_SIZE, dequantize_mxfp4
+from gptoss_ft.kernels.dispatch import dequantize_mxfp4
+from gptoss_ft.kernels.reference import BLOCK_SIZE
 from gptoss_ft.model.checkpoint import Checkpoint
 
 CHUNK_ROWS = 4096

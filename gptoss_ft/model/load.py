@@ -13,7 +13,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gptoss_ft.errors import UserError
-from gptoss_ft.kernels.reference import dequantize_mxfp4
+from gptoss_ft.kernels.dispatch import dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.experts import PackedExperts
 

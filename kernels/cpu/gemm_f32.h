@@ -69,10 +69,15 @@ TARGET bool pack_forward(const Weight& w, int64_t row, int64_t input, int64_t de
     return true;
 }
 
+// Spreads 8 codes at a time over the bytes of an integer. Byte by byte, the vector loads of decode_codes had to wait
+// for single-byte stores.
 TARGET static inline void split_codes(const uint8_t* bytes, uint8_t* codes) {
-    for (int j = 0; j < kBlockBytes; ++j) {
-        codes[2 * j] = bytes[j] & 15;
-        codes[2 * j + 1] = bytes[j] >> 4;
+    for (int j = 0; j < kBlockBytes; j += 4) {
+        uint64_t spread = bytes[j] | bytes[j + 1] << 8 | bytes[j + 2] << 16 | static_cast<uint64_t>(bytes[j + 3]) << 24;
+        spread = (spread | spread << 16) & 0x0000ffff0000ffff;
+        spread = (spread | spread << 8) & 0x00ff00ff00ff00ff;
+        spread = (spread | spread << 4) & 0x0f0f0f0f0f0f0f0f;
+        for (int i = 0; i < 8; ++i) codes[2 * j + i] = static_cast<uint8_t>(spread >> 8 * i);
     }
 }
 
@@ -82,7 +87,10 @@ TARGET bool pack_dx(const Weight& w, int64_t row, int64_t depth, int64_t input, 
         float* out = static_cast<float*>(panels) + b * kBlock * depth;
         for (int64_t n = 0; n < depth; ++n) {
             alignas(64) uint8_t codes[kBlock];
-            split_codes(w.block(row + n, input / kBlock + b), codes);
+            const uint8_t* bytes = w.block(row + n, input / kBlock + b);
+            // A short piece of each of many rows: those of the next call.
+            if (b == 0) prefetch(bytes + depth * w.row_blocks * kBlockBytes, width / 2 + 1);
+            split_codes(bytes, codes);
             const vec scale = broadcast(scales[*w.scale(row + n, input / kBlock + b)]);
             for (int k = 0; k < kBlock; k += WIDTH) {
                 const int64_t panel = k / kColumns, lane = k % kColumns;

@@ -43,8 +43,8 @@ struct RowBlock {
     int64_t tile_rows(int64_t tile) const { return tile_start(tile + 1) - tile_start(tile); }
 };
 
-// All activations in the order in which they are multiplied: [row block][depth / kDepth][tile][kDepth]. Row blocks of at
-// most `unpacked_rows` rows are left out.
+// All activations in the order in which they are multiplied: [row block][depth / kDepth][tile][kDepth]. Row blocks of
+// at most `unpacked_rows` rows are left out.
 class PackedRows {
 public:
     PackedRows(const Kernels& kernels, int threads, const Experts& experts, DType dtype, const void* x, int64_t depth,
@@ -164,25 +164,28 @@ void grouped_linear(const Kernels& kernels, int threads, const Experts& experts,
     const int64_t few_rows = kernels.forward_few ? kFewRows : 0;
     const PackedRows rows(kernels, threads, experts, dtype, x, experts.in, few_rows);
     const int64_t num_strips = experts.out / kBlock;
-    // Four neighbouring strips to a thread: the last one prefetches for the next.
+    // Four neighbouring strips to a thread: each prefetches for the next.
     for_each_item(threads, static_cast<int64_t>(rows.blocks().size()) * num_strips, 4, [&] {
         return [&, strip = Strip(kernels, rows, kBlock)](int64_t item) mutable {
             const RowBlock& block = rows.blocks()[item / num_strips];
             const Weight weight = weight_of(experts, block.expert);
             const int64_t column = item % num_strips * kBlock;
-            const bool done = block.rows <= few_rows && kernels.forward_few(rows.row(block, 0, 0), experts.in, block.rows,
-                                                                           weight, column, strip.sums(block, 0));
-            if (!done)
-                strip.multiply(block, experts.in, kBlock, [&](const Kernels& k, int64_t from, int64_t depth, uint8_t* panels) {
-                    if (block.rows <= few_rows && &k == &kernels) return false;
-                    // Weights are read in steps of 16 bytes through 32 rows, which no hardware prefetcher follows; the
-                    // next strip, as it lies, it does. Waiting for them here cost 4 cycles for 32 weights.
-                    prefetch(weight.block(column + kBlock, 0) + from * kBlock / 2, depth * kBlock / 2);
-                    bool in_range = true;
-                    for (int64_t n = 0; n < kBlock; n += k.columns)
-                        in_range &= k.pack_forward(weight, column + n, from, depth, panels + n * depth * k.panel_bytes / k.columns);
-                    return in_range;
-                });
+            const auto decode = [&](const Kernels& k, int64_t from, int64_t depth, uint8_t* panels) {
+                // Row blocks that forward_few refused are not packed for any kernels but the exact ones.
+                if (block.rows <= few_rows && &k == &kernels) return false;
+                // Weights are read in steps of 16 bytes through 32 rows, which no hardware prefetcher follows; the next
+                // strip, as it lies, it does. Waiting for them here cost 4 cycles for 32 weights.
+                prefetch(weight.block(column + kBlock, 0) + from * kBlock / 2, depth * kBlock / 2);
+                const size_t column_bytes = depth * k.panel_bytes / k.columns;
+                bool in_range = true;
+                for (int64_t n = 0; n < kBlock; n += k.columns)
+                    in_range &= k.pack_forward(weight, column + n, from, depth, panels + n * column_bytes);
+                return in_range;
+            };
+            const uint8_t* first = rows.row(block, 0, 0);
+            if (block.rows > few_rows ||
+                !kernels.forward_few(first, experts.in, block.rows, weight, column, strip.sums(block, 0)))
+                strip.multiply(block, experts.in, kBlock, decode);
             float bias_strip[kBlock];
             if (bias) load_bias(bias, bias_dtype, block.expert * experts.out + column, bias_strip);
             strip.store(block, bias ? bias_strip : nullptr, column, kBlock, dtype, y, experts.out);
@@ -190,7 +193,8 @@ void grouped_linear(const Kernels& kernels, int threads, const Experts& experts,
     });
 }
 
-void grouped_linear_dx(const Kernels& kernels, int threads, const Experts& experts, DType dtype, const void* dy, void* dx) {
+void grouped_linear_dx(const Kernels& kernels, int threads, const Experts& experts, DType dtype, const void* dy,
+                       void* dx) {
     const PackedRows rows(kernels, threads, experts, dtype, dy, experts.out, 0);
     const int64_t num_strips = ceil_div(experts.in, kDxWidth);
     for_each_item(threads, static_cast<int64_t>(rows.blocks().size()) * num_strips, 1, [&] {
@@ -198,9 +202,10 @@ void grouped_linear_dx(const Kernels& kernels, int threads, const Experts& exper
             const RowBlock& block = rows.blocks()[item / num_strips];
             const Weight weight = weight_of(experts, block.expert);
             const int64_t column = item % num_strips * kDxWidth, width = std::min(kDxWidth, experts.in - column);
-            strip.multiply(block, experts.out, width, [&](const Kernels& k, int64_t from, int64_t depth, uint8_t* panels) {
+            const auto decode = [&](const Kernels& k, int64_t from, int64_t depth, uint8_t* panels) {
                 return k.pack_dx(weight, from, depth, column, width, panels);
-            });
+            };
+            strip.multiply(block, experts.out, width, decode);
             strip.store(block, nullptr, column, width, dtype, dx, experts.in);
         };
     });

@@ -27,8 +27,8 @@ struct Kernels {
     // Reorder `rows` x `depth` activations of row stride `stride` (elements) into a tile.
     void (*pack_tile)(const void* x, int64_t stride, int64_t rows, int64_t depth, void* tile);
 
-    // Decode a panel for Y = X W^T: columns are weight rows [row, row + columns), depth is inputs [input, input + depth).
-    // False: a scale in there is out of the range of these kernels and `exact` must be used.
+    // Decode a panel for Y = X W^T: columns are weight rows [row, row + columns), depth is inputs [input, input +
+    // depth). False: a scale in there is out of the range of these kernels and `exact` must be used.
     bool (*pack_forward)(const Weight&, int64_t row, int64_t input, int64_t depth, void* panel);
 
     // Decode consecutive panels for dX = dY W: columns are inputs [input, input + width), depth is weight rows.
