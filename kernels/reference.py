@@ -87,13 +87,19 @@ def grouped_lora(
     The update B·A is never formed. Parameters are cast to the dtype of `x`. Rows of experts outside `experts`
     (None: all of them) get zeros.
     """
+    # Cast before anything else: both matrices are far smaller than what they are multiplied with. B comes with the
+    # expert as its fastest dimension, in which every product would touch the whole stack: one copy orders it.
     # unbind has one backward for the stack; indexing would allocate a gradient of the whole stack for every expert.
-    As, Bs = A_ERI.to(x_TI.dtype).unbind(0), B_EOR.to(x_TI.dtype).unbind(0)
-    y_TO = x_TI.new_zeros(x_TI.shape[0], B_EOR.shape[1])
+    As, Bs = A_ERI.to(x_TI.dtype).unbind(0), B_EOR.to(x_TI.dtype).contiguous().unbind(0)
+    parts = []
     for expert, rows in _row_ranges(ends_E):
         if experts is None or expert in experts:
-            y_TO[rows] = scaling * F.linear(F.linear(x_TI[rows], As[expert]), Bs[expert])
-    return y_TO
+            parts.append(F.linear(F.linear(x_TI[rows], As[expert]), Bs[expert]))
+        else:
+            parts.append(x_TI.new_zeros(rows.stop - rows.start, B_EOR.shape[1]))
+    if not parts:
+        return x_TI.new_zeros(0, B_EOR.shape[1])
+    return scaling * torch.cat(parts)
 
 
 def clamped_swiglu(gate_up: Tensor, *, alpha: float = 1.702, limit: float = 7.0) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gptoss_ft.adapters.attach import lora_layers
@@ -66,7 +67,8 @@ class AuditCallback(TrainerCallback):
         self._done = moved
         watch_experts(self.model, on=not moved)
         if moved and state.is_world_process_zero:
-            print(f"gradient audit: {self.result}")
+            # Above the progress bar rather than at its end.
+            tqdm.write(f"gradient audit: {self.result}")
 
 
 def watch_experts(model: PeftModel, *, on: bool = True) -> None:

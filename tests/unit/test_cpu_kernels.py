@@ -239,4 +239,4 @@ def test_dispatched_decode_keeps_the_shape_and_errors_of_the_reference(shape):
         expected = reference.dequantize_mxfp4(blocks, scales, dtype)
         assert torch.equal(dispatch.dequantize_mxfp4(blocks, scales, dtype), expected)
     with pytest.raises(ValueError, match="scales"):
-        dispatch.dequantize_mxfp4(blocks[..., :8], scales)
+        dispatch.dequantize_mxfp4(blocks[..., :8], scales, torch.bfloat16)
