@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Make `.venv`, install gptoss-ft there, and run it. Needs nothing but Python 3.11 to 3.13.
 
+With GCC or Clang on the PATH, the package's CPU kernels are compiled; without, packed experts run in plain torch.
+
 python3 bootstrap.py quickstart [key=value ...]     train, export and verify the tiny model
 python3 bootstrap.py test [pytest arguments ...]    run the tests
 python3 bootstrap.py install                        only install

@@ -1,11 +1,16 @@
 """`gptoss-ft COMMAND key=value ...`: everything heavy is imported only by the command that needs it."""
 
 import logging
+import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, cast
 
 from gptoss_ft import __version__
@@ -46,7 +51,10 @@ def train(words: list[str]) -> int:
     cfg = load_train_config(words)
     from gptoss_ft.recipes import sft
 
-    print(sft.main(cfg))
+    folder = sft.main(cfg)
+    # torchrun numbers its processes; one line is enough.
+    if os.environ.get("RANK", "0") == "0":
+        print(folder)
     return 0
 
 
@@ -103,7 +111,11 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line and return its exit code: 1 and 2 after a one-line error, 130 when interrupted."""
+    """Run one command line and return its exit code: 1 and 2 after a one-line error, 130 when interrupted.
+
+    Raises:
+        SystemExit: with 143 when terminated.
+    """
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in HELP:
         print(overview())
@@ -120,13 +132,33 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     quiet_libraries()
     try:
-        return COMMANDS[name].run(rest)
+        with ending_in_order():
+            return COMMANDS[name].run(rest)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        message, exit_code = f"error: {error}", error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        message, exit_code = "interrupted", 130
+    # Out here the failed frames are gone, and a progress bar that was open in them has ended its line.
+    print(message, file=sys.stderr)
+    return exit_code
+
+
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that half-written folders are removed."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    # Python takes signals, and lets them be set, in its main thread only.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def quiet_libraries() -> None:

@@ -2,10 +2,14 @@
 
 import errno
 import os
+import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from gptoss_ft.errors import UserError
 
@@ -16,25 +20,31 @@ GB = 1e9
 def whole_folder(path: Path | str, *, num_bytes: int = 0) -> Iterator[Path]:
     """Yield a folder to fill; it is renamed to `path` when the block succeeds and removed when it fails.
 
+    What killed processes left of the same folder is removed first.
+
     Args:
         num_bytes: roughly how much will be written; refused at once if the disk has less.
 
     Raises:
-        UserError: if `path` exists already or the disk is (or becomes) full.
+        UserError: if `path` exists already or cannot be written, or the disk is (or becomes) full.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists already: choose another output folder or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if num_bytes > free:
-        raise UserError(
-            f"{path} needs {num_bytes / GB:.1f} GB but only {free / GB:.1f} GB are free on its disk: "
-            "free some room or choose another folder"
-        )
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    with naming_a_bad_place(path):
+        if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists already: choose another output folder or remove it")
+        if path.name in ("", "..") or os.path.ismount(path):
+            raise UserError(f"{path} cannot be replaced by a new folder: choose a folder inside it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path)
+        free = shutil.disk_usage(path.parent).free
+        if num_bytes > free:
+            raise UserError(
+                f"{path} needs {num_bytes / GB:.1f} GB but only {free / GB:.1f} GB are free on its disk: "
+                "free some room or choose another folder"
+            )
+        partial = partial_of(path)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
     try:
         with naming_a_full_disk(path):
             yield partial
@@ -46,15 +56,60 @@ def whole_folder(path: Path | str, *, num_bytes: int = 0) -> Iterator[Path]:
 
 
 def write_whole(path: Path | str, text: str) -> None:
-    """Write `text` to `path` through a temporary neighbour, so that readers never see half of it."""
+    """Write `text` to `path` through a temporary neighbour, so that readers never see half of it.
+
+    Raises:
+        UserError: if the file cannot be written there, or the disk is full.
+    """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = partial_of(path)
     try:
-        with naming_a_full_disk(path):
+        with naming_a_bad_place(path), naming_a_full_disk(path):
             partial.write_text(text, encoding="utf-8")
             partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        if os.path.lexists(partial):
+            partial.unlink()
+
+
+def check_writable_parent(path: Path | str) -> None:
+    """Raise `UserError` unless the folder `path` could be made, or written to if it is there; leaves nothing behind."""
+    path = Path(path)
+    with naming_a_bad_place(path):
+        there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+        # Permission bits do not tell: root passes them all, also in /proc and on a disk mounted read-only.
+        with tempfile.TemporaryDirectory(prefix=".gptoss-ft-", dir=there) as probe:
+            Path(probe, path.relative_to(there)).mkdir(parents=True, exist_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Where this process keeps `path` until it is whole."""
+    return path.with_name(f"{_partial_prefix(path)}{os.getpid()}")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove the partial folders of `path` whose process has ended."""
+    prefix = _partial_prefix(path)
+    for folder in path.parent.iterdir():
+        process = folder.name.removeprefix(prefix)
+        if folder.name.startswith(prefix) and process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _partial_prefix(path: Path) -> str:
+    # With the machine: on a shared disk, a process that is not found here may be running on another.
+    return f".{path.name}.partial-{platform.node()}-"
+
+
+@contextmanager
+def naming_a_bad_place(path: Path) -> Iterator[None]:
+    """Turn a system error while `path` is created into one that names it and the cure."""
+    try:
+        yield
+    except OSError as error:
+        file = next((place for place in (path, *path.parents) if os.path.isfile(place)), None)
+        reason = f"{file} is a file" if file else (error.strerror or str(error)).lower()
+        raise UserError(f"{path} cannot be written ({reason}): choose another place") from error
 
 
 @contextmanager

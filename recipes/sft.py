@@ -1,5 +1,7 @@
 """Supervised fine-tuning with LoRA: rows and a checkpoint in, an adapter and proven exports out."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,20 +11,24 @@ from peft import PeftModel
 from transformers import GptOssForCausalLM, PrinterCallback, TrainingArguments
 
 from gptoss_ft.adapters.attach import Targets, attach_adapters
-from gptoss_ft.adapters.save import save_adapter
+from gptoss_ft.adapters.save import restore_adapter, save_adapter
 from gptoss_ft.config.load import to_yaml
 from gptoss_ft.config.schema import AdapterConfig, DataConfig, ModelConfig, TrainConfig, TrainerConfig
 from gptoss_ft.data.collate import PaddingCollator
-from gptoss_ft.data.dataset import CompiledSamples, compile_samples, split_rows, to_dataset
+from gptoss_ft.data.dataset import to_dataset
 from gptoss_ft.errors import UserError
+from gptoss_ft.export.fingerprint import write_fingerprint
+from gptoss_ft.files import check_writable_parent
+from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
 from gptoss_ft.recipes.export import export_run
+from gptoss_ft.recipes.samples import split_samples
 from gptoss_ft.recipes.verify import verify_run
 from gptoss_ft.training.audit import AuditCallback
-from gptoss_ft.training.callbacks import MetricsCallback, PortableCheckpointCallback, ProgressCallback
+from gptoss_ft.training.callbacks import MetricsCallback, ProgressCallback
 from gptoss_ft.training.memory import peak_gib
-from gptoss_ft.training.run_folder import RunFolder, write_json
+from gptoss_ft.training.run_folder import RunFolder, checkpoint_steps, write_json
 from gptoss_ft.training.trackers import trackers_in
 from gptoss_ft.training.trainer import SftTrainer
 
@@ -31,71 +37,104 @@ def main(cfg: TrainConfig) -> Path:
     """Run `gptoss-ft train`; returns the run folder.
 
     Raises:
-        UserError: if rows, checkpoint or folder cannot be used; nothing has been trained then.
+        UserError: if rows, checkpoint or folder cannot be used, and nothing has been trained then; if training
+            diverges; if an export is beyond its bounds.
     """
-    check_devices()
+    # Without a GPU the processes of torchrun are told apart only if the CPU is asked for by name.
+    state = PartialState(cpu=not torch.cuda.is_available())
+    check_devices(cfg.model)
+    cfg = with_absolute_paths(cfg)
     run = RunFolder(cfg.run.dir)
     resume_from = open_run_folder(run, cfg)
     train_set, eval_set = build_datasets(cfg.data, cfg.seed)
     base = prepare_base(cfg.model, cfg.seed)
     model = attach(base, cfg.adapter, cfg.seed)
-    if PartialState().is_main_process:
-        run.write_origin(to_yaml(cfg))
+    if state.is_main_process:
+        begin_record(run, cfg, resume_from)
 
     with trackers_in(run.path):
         trainer = make_trainer(model, train_set, eval_set, run, cfg.trainer, cfg.seed)
-        before = trainer.evaluate() if eval_set else {}
-        trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+        if eval_set and resume_from is None:
+            trainer.evaluate()
+        train(trainer, resume_from)
         after = trainer.evaluate() if eval_set else {}
 
-    if PartialState().is_main_process:
+    if state.is_main_process:
         save_adapter(model, run.adapter)
-        write_json(run.summary, summarise(trainer, before, after))
+        write_json(run.summary, summarise(trainer, run.first_evaluation(), after.get("eval_loss")))
         # Exports stream from the files: the trained model is not needed, and its memory is.
         del trainer, model, base
         export_all(run, cfg)
     return run.path
 
 
-def check_devices() -> None:
-    """Refuse several GPUs in one process, where Trainer would fall back to DataParallel and drop our loss scaling."""
+def check_devices(cfg: ModelConfig) -> None:
+    """Refuse what would fail or be wrong only after everything has been loaded."""
     if torch.cuda.device_count() > 1 and PartialState().num_processes == 1:
+        # Trainer would fall back to DataParallel and drop our loss scaling.
         raise UserError(
             "several GPUs are visible to one process: choose one with CUDA_VISIBLE_DEVICES=0, "
             "or use all with `torchrun --nproc-per-node=gpu -m gptoss_ft train ...`"
         )
+    if cfg.attn_implementation == "flex_attention" and not torch.cuda.is_available():
+        raise UserError("model.attn_implementation=flex_attention has no backward pass on a CPU: use eager")
+
+
+def with_absolute_paths(cfg: TrainConfig) -> TrainConfig:
+    """The config as it is recorded: it means the same from any working directory."""
+    data = replace(
+        cfg.data,
+        path=[os.path.abspath(path) for path in cfg.data.path],
+        eval_path=cfg.data.eval_path and [os.path.abspath(path) for path in cfg.data.eval_path],
+    )
+    model = replace(cfg.model, path=os.path.abspath(cfg.model.path))
+    return replace(cfg, run=replace(cfg.run, dir=os.path.abspath(cfg.run.dir)), model=model, data=data)
 
 
 def open_run_folder(run: RunFolder, cfg: TrainConfig) -> Path | None:
     """The checkpoint to resume from, or None for a new run in an unused folder."""
     if cfg.run.resume:
-        return run.last_checkpoint()
+        checkpoint = run.last_checkpoint()
+        run.check_resumed_config(to_yaml(cfg))
+        return checkpoint
     if PartialState().is_main_process:
+        check_writable_parent(run.path)
         run.check_unused(except_for=Path(cfg.model.path))
     return None
 
 
+def begin_record(run: RunFolder, cfg: TrainConfig, resume_from: Path | None) -> None:
+    """Write what it takes to repeat the run, before its first step."""
+    # The record is of the whole run: repeating it starts at the beginning.
+    run.write_origin(to_yaml(replace(cfg, run=replace(cfg.run, resume=False))))
+    write_fingerprint(run.path, Checkpoint.open(cfg.model.path))
+    if resume_from is not None:
+        run.forget_metrics_after(checkpoint_steps(resume_from)[0])
+
+
+def train(trainer: SftTrainer, resume_from: Path | None) -> None:
+    """Train to the end, from a checkpoint if there is one; the checkpoint of the last step needs no more steps."""
+    if resume_from is not None:
+        done, planned = checkpoint_steps(resume_from)
+        if done >= planned:
+            restore_adapter(trainer.model, resume_from)
+            return
+    try:
+        trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+    finally:
+        # An error's message belongs on a line of its own.
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                callback.close()
+
+
 def build_datasets(cfg: DataConfig, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Compile every row; returns training and held-out samples (None if nothing is held out)."""
-    compiled = compile_files(cfg.path, cfg)
-    train, held_out = split_rows(compiled.samples, cfg.eval_fraction, seed)
-    if cfg.eval_path:
-        held_out = compile_files(cfg.eval_path, cfg).samples
-    return to_dataset(train), to_dataset(held_out) if held_out else None
-
-
-def compile_files(paths: list[str], cfg: DataConfig) -> CompiledSamples:
-    """Compile row files by the data section's settings and say what came of them."""
-    compiled = compile_samples(
-        paths,
-        format=cfg.format,
-        default_reasoning_effort=cfg.reasoning_effort.value,
-        max_length=cfg.max_length,
-        progress=PartialState().is_main_process,
-    )
-    if PartialState().is_main_process:
-        print(compiled)
-    return compiled
+    """Compile every row and say what came of it; returns training and held-out samples (None if nothing is)."""
+    is_main = PartialState().is_main_process
+    train_samples, held_out, compiled = split_samples(cfg, seed, progress=is_main)
+    if is_main:
+        print(*compiled, sep="\n")
+    return to_dataset(train_samples), to_dataset(held_out) if held_out else None
 
 
 def prepare_base(cfg: ModelConfig, seed: int) -> GptOssForCausalLM:
@@ -104,7 +143,7 @@ def prepare_base(cfg: ModelConfig, seed: int) -> GptOssForCausalLM:
     if cfg.init is not None and state.is_main_process and not Path(cfg.path).exists():
         init_checkpoint(cfg.init, Path(cfg.path), seed=seed)
     state.wait_for_everyone()
-    dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
+    dtype = getattr(torch, cfg.dtype.value)
     return load_base(
         cfg.path,
         precision=cfg.precision,
@@ -153,7 +192,6 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(AuditCallback(model, run.audit))
     trainer.add_callback(MetricsCallback(run.metrics))
-    trainer.add_callback(PortableCheckpointCallback(model))
     trainer.add_callback(ProgressCallback())
     return trainer
 
@@ -189,21 +227,22 @@ def training_arguments(cfg: TrainerConfig, run: RunFolder, seed: int) -> Trainin
         data_seed=seed,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        # Every adapter takes part in every pass, experts without tokens by gradients of zero.
+        ddp_find_unused_parameters=False,
         # Our collator picks the columns, and our bar shows the progress.
         remove_unused_columns=False,
         disable_tqdm=True,
     )
 
 
-def summarise(trainer: SftTrainer, before: dict[str, float], after: dict[str, float]) -> dict[str, object]:
-    """The run in a few numbers."""
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+def summarise(trainer: SftTrainer, before: float | None, after: float | None) -> dict[str, object]:
+    """The run in a few numbers; `before` and `after` are held-out losses in nats per token."""
+    train_losses = [line["train_loss"] for line in trainer.state.log_history if "train_loss" in line]
     return {
         "steps": trainer.state.global_step,
-        "first_loss_nats": losses[0] if losses else None,
-        "last_loss_nats": losses[-1] if losses else None,
-        "eval_loss_before_nats": before.get("eval_loss"),
-        "eval_loss_after_nats": after.get("eval_loss"),
+        "mean_train_loss_nats": train_losses[-1] if train_losses else None,
+        "eval_loss_before_nats": before,
+        "eval_loss_after_nats": after,
         "peak_gib": peak_gib(),
     }
 

@@ -26,8 +26,15 @@ _KEY = re.compile(
 
 
 def save_adapter(model: PeftModel, folder: Path) -> Path:
-    """Write the active adapter as `adapter_model.safetensors` and `adapter_config.json`."""
+    """Write the active adapter as `adapter_model.safetensors` and `adapter_config.json`.
+
+    Raises:
+        UserError: if a tensor is not finite, naming it; nothing is written.
+    """
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in lora_state(model).items()}
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"training diverged: {name} holds NaN or infinite numbers; lower trainer.learning_rate")
     with whole_folder(folder, num_bytes=sum(tensor.nbytes for tensor in state.values())) as partial:
         save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         portable_config(model).save_pretrained(partial)
@@ -75,10 +82,7 @@ def load_adapter(model: GptOssForCausalLM, folder: Path | str) -> tuple[PeftMode
     config = LoraConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig) or config.use_dora or config.lora_bias or config.bias != "none":
         raise UserError(f"{folder / CONFIG_FILE}: only plain LoRA can be loaded, without DoRA and biases")
-    try:
-        state = load_file(folder / WEIGHTS_FILE)
-    except SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS_FILE} is damaged or cut short ({error})") from error
+    state = _read_state(folder)
     targets = targets_of(state, config, num_layers=model.config.num_hidden_layers, where=folder)
     config.inference_mode = False
     config.base_model_name_or_path = model.name_or_path
@@ -86,6 +90,20 @@ def load_adapter(model: GptOssForCausalLM, folder: Path | str) -> tuple[PeftMode
     _check_state(peft_model, state, where=folder)
     set_peft_model_state_dict(peft_model, state)
     return peft_model.eval(), attached
+
+
+def restore_adapter(model: PeftModel, folder: Path) -> None:
+    """Give an attached adapter the numbers saved in `folder`; the same errors as `load_adapter`."""
+    state = _read_state(folder)
+    _check_state(model, state, where=folder)
+    set_peft_model_state_dict(model, state)
+
+
+def _read_state(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise UserError(f"{folder / WEIGHTS_FILE} is damaged or cut short ({error})") from error
 
 
 def targets_of(state: dict[str, Tensor], config: LoraConfig, *, num_layers: int, where: Path) -> Targets:

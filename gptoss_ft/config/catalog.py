@@ -1,6 +1,7 @@
 """What a user can write: the keys of a command, the presets, and the nearest one to a misspelling."""
 
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable
@@ -8,7 +9,7 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Enum
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 CONFIGS = Path(str(files("gptoss_ft.configs")))
 WORDS = {
@@ -30,7 +31,7 @@ class Key:
     required: bool
     default: Any
     meaning: str
-    reads: str | None
+    reads: Literal["file", "folder"] | None
 
     @property
     def wanted(self) -> str:
@@ -111,7 +112,17 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     return f": did you mean '{spellings[near[0]]}'?" if near else ""
 
 
-def nearest_sibling(path: Path) -> str:
-    """A hint with the other name in the same folder that is most like `path`."""
-    others = [str(other) for other in path.parent.iterdir() if other != path] if path.parent.is_dir() else []
-    return did_you_mean(str(path), others)
+def path_fault(path: Path, wanted: Literal["file", "folder"]) -> str:
+    """Why `path` is no such thing, as it follows a colon; empty if it is one."""
+    fits = os.path.isdir if wanted == "folder" else os.path.isfile
+    if fits(path):
+        return ""
+    if os.path.exists(path):
+        kind = "folder" if os.path.isdir(path) else "file" if os.path.isfile(path) else "device or pipe"
+        return f"it is a {kind}, not a {wanted}"
+    readable = os.path.isdir(path.parent) and os.access(path.parent, os.R_OK)
+    others = [other for other in path.parent.iterdir() if fits(other)] if readable else []
+    # By stem: a common extension is no likeness.
+    stems = set(difflib.get_close_matches(path.stem, [other.stem for other in others]))
+    near = difflib.get_close_matches(path.name, [other.name for other in others if other.stem in stems], n=1)
+    return f"no such {wanted}" + (f": did you mean '{path.with_name(near[0])}'?" if near else "")

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from gptoss_ft.config.catalog import CONFIGS, choices, did_you_mean, nearest_sibling, presets
+from gptoss_ft.config.catalog import CONFIGS, choices, did_you_mean, path_fault, presets
 from gptoss_ft.errors import ConfigError
 
 
@@ -56,8 +56,8 @@ def compose_presets(name: str, chosen: list[tuple[str, str]]) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a user's YAML file, before Hydra composes it."""
-    if not path.is_file():
-        raise ConfigError(f"config={path}: no such file{nearest_sibling(path)}")
+    if fault := path_fault(path, "file"):
+        raise ConfigError(f"config={path}: {fault}")
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:

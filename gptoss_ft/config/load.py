@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 import gptoss_ft
-from gptoss_ft.config.catalog import Key, did_you_mean, groups, keys, nearest_sibling, presets, shown
+from gptoss_ft.config.catalog import Key, did_you_mean, groups, keys, path_fault, presets, shown
 from gptoss_ft.config.compose import compose_presets, is_file
 from gptoss_ft.config.schema import TrainConfig
 from gptoss_ft.errors import ConfigError
@@ -172,8 +172,8 @@ def check_paths(config: Any) -> None:
         if key.reads is None or value is None or (key.name == "model.path" and config.model.init):
             continue
         for path in map(Path, value if key.is_list else [value]):
-            if not (path.is_dir() if key.reads == "folder" else path.is_file()):
-                raise ConfigError(f"{key.name}={path}: no such {key.reads}{nearest_sibling(path)}")
+            if fault := path_fault(path, key.reads):
+                raise ConfigError(f"{key.name}={path}: {fault}")
 
 
 def asset_path(name: str) -> str:

@@ -5,6 +5,7 @@ A field without a default is required. Each section checks itself when it is bui
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import inf
 from typing import Any, Literal
 
 from gptoss_ft.errors import ConfigError
@@ -13,7 +14,9 @@ from gptoss_ft.errors import ConfigError
 Shape = StrEnum("Shape", ["tiny", "gpt_oss_20b", "gpt_oss_120b"])
 Layout = StrEnum("Layout", ["mxfp4", "bf16", "original"])
 Precision = StrEnum("Precision", ["mxfp4", "bf16"])
-Dtype = StrEnum("Dtype", ["auto", "bfloat16", "float32"])
+Dtype = StrEnum("Dtype", ["bfloat16", "float32"])
+# transformers' implementations that know attention sinks, but for the flash-attention kernels made for one GPU family.
+AttnImplementation = StrEnum("AttnImplementation", ["eager", "flex_attention"])
 Target = StrEnum(
     "Target",
     ["attention", "experts", "all", "q_proj", "k_proj", "v_proj", "o_proj", "router", "gate_up_proj", "down_proj"],
@@ -51,6 +54,11 @@ def require(ok: bool, name: str, wanted: str, got: object) -> None:
         raise ConfigError(f"{name} must be {wanted}, got {got}")
 
 
+def require_seed(seed: int) -> None:
+    """Raise `ConfigError` for a seed that NumPy, the narrowest of the generators, does not take."""
+    require(0 <= seed < 2**32, "seed", f"from 0 to {2**32 - 1}", seed)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     dir: str = key("folder for everything the run writes")
@@ -61,9 +69,11 @@ class RunConfig:
 class ModelConfig:
     path: str = key("checkpoint folder of the base model: MXFP4, bf16 or the original OpenAI layout", reads="folder")
     precision: Precision = key("experts stay packed MXFP4, or are expanded to bf16", default=Precision.mxfp4)
-    dtype: Dtype = key("dtype of everything but the packed experts; auto is bfloat16", default=Dtype.auto)
+    dtype: Dtype = key("dtype of everything but the packed experts", default=Dtype.bfloat16)
     init: Shape | None = key("shape to write with random weights if model.path does not exist", default=None)
-    attn_implementation: str = key("transformers' attention implementation", default="eager")
+    attn_implementation: AttnImplementation = key(
+        "transformers' attention implementation; flex_attention needs a GPU", default=AttnImplementation.eager
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +91,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         require(self.r >= 1, "adapter.r", "1 or more", self.r)
-        require(self.alpha > 0, "adapter.alpha", "above 0", self.alpha)
+        require(0 < self.alpha < inf, "adapter.alpha", "above 0 and finite", self.alpha)
         require(0 <= self.dropout < 1, "adapter.dropout", "in [0, 1)", self.dropout)
         require(bool(self.targets), "adapter.targets", "at least one name", "none")
         for name in ("layers", "experts"):
@@ -129,18 +139,25 @@ class TrainerConfig:
     weight_decay: float = key("AdamW weight decay", default=0.0)
     max_grad_norm: float = key("gradient norm to clip at; 0 does not clip", default=1.0)
     gradient_checkpointing: bool = key("recompute activations to save memory", default=True)
-    logging_steps: int = key("steps between two lines of metrics", default=1)
+    logging_steps: int = key("steps between two lines of metrics; a loss is the mean over them", default=1)
     eval_steps: int = key("steps between evaluations; 0 evaluates before the first and after the last", default=0)
-    save_steps: int = key("steps between checkpoints; 0 saves at the end only", default=0)
+    save_steps: int = key(
+        "steps between checkpoints; 0 writes none: only the adapter at the end, and a run that stops cannot resume",
+        default=0,
+    )
     save_total_limit: int = key("checkpoints to keep", default=2)
     report_to: list[Reporter] = key("where metrics also go", default_factory=lambda: [Reporter.none])
     loss_chunk_size: int = key("tokens whose 201,088 logits exist at once", default=256)
 
     def __post_init__(self) -> None:
         require(self.max_steps == -1 or self.max_steps > 0, "trainer.max_steps", "-1 or above 0", self.max_steps)
-        for name in ("num_train_epochs", "learning_rate"):
-            require(getattr(self, name) > 0, f"trainer.{name}", "above 0", getattr(self, name))
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "save_steps"):
+        epochs, rate = self.num_train_epochs, self.learning_rate
+        require(0 < epochs < inf, "trainer.num_train_epochs", "above 0 and finite", epochs)
+        wanted = "above 0 and at most 1 (AdamW moves each weight by about that much in a step)"
+        require(0 < rate <= 1, "trainer.learning_rate", wanted, rate)
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            require(0 <= getattr(self, name) < inf, f"trainer.{name}", "0 or more and finite", getattr(self, name))
+        for name in ("eval_steps", "save_steps"):
             require(getattr(self, name) >= 0, f"trainer.{name}", "0 or more", getattr(self, name))
         for name in (
             "per_device_train_batch_size",
@@ -174,7 +191,7 @@ class TrainConfig:
     seed: int = key("seed of the initial weights and of the order of samples", default=0)
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", "0 or more", self.seed)
+        require_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +204,7 @@ class InitCommand:
     layout: Layout = key("the published MXFP4 layout, bf16 or OpenAI's original", default=Layout.mxfp4)
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", "0 or more", self.seed)
+        require_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +224,7 @@ class VerifyCommand:
     run: str = key("run folder that `gptoss-ft train` made", reads="folder")
     path: str = key("export to compare with the trained model", reads="folder")
     data: str | None = key("JSONL file to compare on; null takes the run's held-out rows", reads="file", default=None)
+    base: str | None = key("base checkpoint, if it has moved since training", reads="folder", default=None)
     max_tokens: int = key("tokens to compare", default=512)
 
     def __post_init__(self) -> None:

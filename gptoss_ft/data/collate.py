@@ -13,16 +13,14 @@ from gptoss_ft.harmony.vocabulary import END_OF_TEXT
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Pads on the right to the longest sample, or up to the next multiple of `pad_to_multiple_of`."""
+    """Pads on the right to the longest sample."""
 
     pad_token_id: int = END_OF_TEXT
-    pad_to_multiple_of: int | None = None
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` and `labels`, each int64 `[B, T]`; other columns are left out."""
         lengths = [len(sample["input_ids"]) for sample in samples]
-        multiple = self.pad_to_multiple_of or 1
-        width = -(-max(lengths) // multiple) * multiple
+        width = max(lengths)
 
         def padded(rows: list[list[int]], value: int) -> Tensor:
             return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long)

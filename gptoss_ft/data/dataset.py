@@ -121,12 +121,11 @@ def split_rows(samples: Sequence[Sample], eval_fraction: float, seed: int) -> tu
 
 
 def to_dataset(samples: Sequence[Sample]) -> Dataset:
-    """Columns `input_ids`, `labels` (int32 lists) and `length`."""
-    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
+    """Columns `input_ids` and `labels`, int32 lists."""
+    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
     columns = {
         "input_ids": [sample.input_ids for sample in samples],
         "labels": [sample.labels for sample in samples],
-        "length": [len(sample.input_ids) for sample in samples],
     }
     return Dataset.from_dict(columns, features=features)
 
@@ -139,6 +138,8 @@ def _compile_row(
         found = generations(conversation)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: lists and objects are nested too deeply; flatten them") from error
     return conversation, [_sample(generation, where) for generation in found]
 
 

@@ -3,16 +3,14 @@ r"""A sample as people read it: every token, the channel it is on, and whether t
 Control tokens go by their names. A token that ends inside a UTF-8 character shows the bytes as `\xe2`.
 """
 
-import base64
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from html import escape
 from itertools import groupby, pairwise, takewhile
 from pathlib import Path
 
 from gptoss_ft.data.dataset import IGNORED_LABEL, Sample
-from gptoss_ft.harmony.vocabulary import CHANNEL, NUM_RANKS, SPECIAL_TOKENS, START, decode, ranks_file_bytes
+from gptoss_ft.harmony.vocabulary import CHANNEL, NUM_RANKS, SPECIAL_TOKENS, START, decode, token_bytes
 
 CHANNEL_COLOURS = {"analysis": "#8250df", "commentary": "#0550ae", "final": "#116329"}
 NO_CHANNEL_COLOUR = "#57606a"
@@ -61,9 +59,7 @@ def token_text(id_: int) -> str:
     """One token by itself."""
     if not _is_assigned(id_):
         return f"<|unassigned_{id_}|>"
-    if id_ in _CONTROL_NAMES:
-        return _CONTROL_NAMES[id_]
-    return _ordinary_tokens()[id_].decode(errors="backslashreplace")
+    return token_bytes(id_).decode(errors="backslashreplace")
 
 
 @dataclass(frozen=True)
@@ -116,9 +112,3 @@ def _has_loss(sample: Sample) -> list[bool]:
 
 def _is_assigned(id_: int) -> bool:
     return id_ < NUM_RANKS or id_ in _CONTROL_NAMES
-
-
-@cache
-def _ordinary_tokens() -> list[bytes]:
-    """Bytes of the tokens that are not control tokens, in the order of their ids."""
-    return [base64.b64decode(line.split()[0]) for line in ranks_file_bytes().splitlines()]

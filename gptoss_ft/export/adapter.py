@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -49,12 +50,13 @@ def read_adapter(folder: Path, spec: GptOssSpec) -> dict[str, LowRankDelta]:
     """Read a PEFT LoRA adapter of a gpt-oss model of this spec as updates by HF weight name.
 
     Raises:
-        UserError: if files or factors are missing, a key is unknown, a shape belongs to another base, values are
-            not finite, or the adapter is more than plain LoRA (rsLoRA and rank or alpha patterns are understood).
+        UserError: if files or factors are missing or damaged, a key is unknown, a shape belongs to another base,
+            values are not finite, or the adapter is more than plain LoRA (rsLoRA and rank or alpha patterns are
+            understood).
     """
     folder = Path(folder)
     config = _read_config(folder)
-    pairs = _pair_factors(folder, load_file(folder / WEIGHTS_FILE))
+    pairs = _pair_factors(folder, _load_factors(folder / WEIGHTS_FILE))
     shapes = weight_shapes(spec)
     deltas: dict[str, LowRankDelta] = {}
     for module, (up, down) in pairs.items():
@@ -87,12 +89,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG_FILE).read_bytes())
     except ValueError as error:
-        raise UserError(f"{folder / CONFIG_FILE} is not valid JSON ({error})") from error
+        raise UserError(f"{folder / CONFIG_FILE} is not valid JSON ({error}): copy it again, or train again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG_FILE} does not hold a JSON object: save the adapter again")
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder / CONFIG_FILE}: peft_type is {config.get('peft_type')!r}; only LORA can be merged")
-    missing = [key for key in ("r", "lora_alpha") if key not in config]
+    missing = [key for key in ("r", "lora_alpha") if not isinstance(config.get(key), int | float)]
     if missing:
-        raise UserError(f"{folder / CONFIG_FILE}: {' and '.join(missing)} missing")
+        raise UserError(f"{folder / CONFIG_FILE}: {' and '.join(missing)} missing or no number")
     if str(config.get("init_lora_weights", True)).startswith(BASE_CHANGING_INITS):
         raise UserError(
             f"{folder / CONFIG_FILE}: init_lora_weights={config['init_lora_weights']!r} changed the base weights, so "
@@ -102,6 +106,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if config.get(key, plain) not in (plain, None, []):
             raise UserError(f"{folder / CONFIG_FILE}: {key}={config[key]!r} is more than plain LoRA and not supported")
     return config
+
+
+def _load_factors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file} is truncated or damaged ({error}): copy it again, or train again") from error
 
 
 def _pair_factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

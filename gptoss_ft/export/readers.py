@@ -50,6 +50,27 @@ def open_with_transformers(folder: Path) -> Reader:
     return transformers_reader(_load_stock(folder))
 
 
+def open_with_gptoss_ft(folder: Path) -> Reader:
+    """Our own `load_base`.
+
+    Raises:
+        NotRun: if the memory does not suffice.
+    """
+    return transformers_reader(load_in_fp32(Checkpoint.open(folder)))
+
+
+def load_in_fp32(checkpoint: Checkpoint) -> GptOssForCausalLM:
+    """The model with everything but packed experts in fp32.
+
+    Raises:
+        NotRun: if the memory does not suffice for dense experts.
+    """
+    dense = checkpoint.layout == "bf16"
+    if dense:
+        _require_memory(4 * checkpoint.spec.num_parameters())
+    return load_base(checkpoint.path, precision="bf16" if dense else "mxfp4", dtype=torch.float32)
+
+
 def open_with_peft(base: Path, adapter: Path) -> Reader:
     """Stock PEFT's `PeftModel.from_pretrained` on transformers' dense model of the base.
 
@@ -143,11 +164,14 @@ def _check_memory(checkpoint: Checkpoint) -> None:
     # The dense bf16 model, embedding and head widened, and a layer in fp32 twice: with and without an adapter added.
     outer = 2 * spec.vocab_size * spec.hidden_size
     layer = (spec.num_parameters() - outer) // spec.num_hidden_layers
-    needed = 2 * spec.num_parameters() + 2 * outer + 2 * 4 * layer
+    _require_memory(2 * spec.num_parameters() + 2 * outer + 2 * 4 * layer)
+
+
+def _require_memory(needed: int) -> None:
     available = psutil.virtual_memory().available
     if needed > available:
         raise NotRun(
-            f"it needs {needed / GB:.0f} GB of memory and {available / GB:.0f} GB are free: "
+            f"it needs {needed / GB:.1f} GB of memory and {available / GB:.1f} GB are free: "
             "verify on a machine with more"
         )
 

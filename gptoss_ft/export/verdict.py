@@ -96,12 +96,19 @@ class VerifyReport:
 
     @property
     def failures(self) -> list[str]:
-        """Every bound that is not kept, with numbers and cure; empty if the export is good."""
-        return [*self._damage(), *self._disagreement(), *self._lost_training()]
+        """Every bound that is not kept, with numbers and cure, and what could not be tried; empty if it is good."""
+        return [*self._damage(), *self._disagreement(), *self._lost_training(), *self._unproven()]
 
     @property
     def passed(self) -> bool:
         return not self.failures
+
+    @property
+    def verdict(self) -> str:
+        """PASSED, FAILED, or NOT VERIFIED where nothing is known to be wrong but no other program could be asked."""
+        if self.passed:
+            return "PASSED"
+        return "NOT VERIFIED" if self.failures == self._unproven() else "FAILED"
 
     @property
     def notes(self) -> list[str]:
@@ -123,6 +130,7 @@ class VerifyReport:
             "export": str(self.export),
             "format": self.format,
             "passed": self.passed,
+            "verdict": self.verdict,
             "failures": self.failures,
             "notes": self.notes,
             "bounds": {
@@ -156,10 +164,9 @@ class VerifyReport:
         return cast(dict[str, Any], _finite(content))
 
     def __str__(self) -> str:
-        verdict = "PASSED" if self.passed else "FAILED"
         rows = len({place.rpartition(" generation ")[0] for place in self.places})
         lines = [
-            f"{verdict}  {self.export} ({self.format}) at {len(self.places)} positions of {rows} rows",
+            f"{self.verdict}  {self.export} ({self.format}) at {len(self.places)} positions of {rows} rows",
             f"  {'distance from the':24}{'KL, nats':^40}{'logits, relative':^40}{'same top':>8}",
             f"  {'trained model':24}{_HEADINGS * 2}{'token':>8}",
             _line("base without adapter", self.base),
@@ -175,7 +182,9 @@ class VerifyReport:
         lines.append(f"  worst block of {self.weights.num_compared} weights, relative: {', '.join(kinds)}")
         lines += [f"  far: {line}" for line in self._farthest()]
         lines += [f"  note: {note}" for note in self.notes]
-        lines += [f"  failed: {failure}" for failure in self.failures]
+        unproven = self._unproven()
+        lines += [f"  failed: {failure}" for failure in self.failures if failure not in unproven]
+        lines += [f"  {failure}" for failure in unproven]
         return "\n".join(lines)
 
     def _damage(self) -> list[str]:
@@ -200,12 +209,18 @@ class VerifyReport:
 
     def _lost_training(self) -> list[str]:
         """The first fault that another program's logits show; one says it all, as the programs agree or are named."""
-        independent = [reading for reading in self.readings if not reading.is_ours]
-        if not independent:
-            reasons = "; ".join(f"{program}: {reason}" for program, reason in self.not_run.items())
-            return [f"no other program opened it ({reasons})"]
         judge = self._adapter_fault if self.format == "adapter" else self._merge_fault
-        return [fault for reading in independent if (fault := judge(reading))][:1]
+        return [fault for reading in self._independent if (fault := judge(reading))][:1]
+
+    def _unproven(self) -> list[str]:
+        if self._independent:
+            return []
+        reasons = "; ".join(f"{program}: {reason}" for program, reason in self.not_run.items())
+        return [f"not verified: no other program opened it here ({reasons})"]
+
+    @property
+    def _independent(self) -> list[Reading]:
+        return [reading for reading in self.readings if not reading.is_ours]
 
     def _adapter_fault(self, reading: Reading) -> str | None:
         apart = quantile(reading.from_trained.relative, 0.95)

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from gptoss_ft.adapters.save import load_adapter
 from gptoss_ft.data.dataset import IGNORED_LABEL, Sample
@@ -23,7 +24,9 @@ from gptoss_ft.export.distance import Distances
 from gptoss_ft.export.readers import (
     NotRun,
     Reader,
+    load_in_fp32,
     open_with_gpt_oss,
+    open_with_gptoss_ft,
     open_with_peft,
     open_with_transformers,
     transformers_reader,
@@ -31,7 +34,6 @@ from gptoss_ft.export.readers import (
 from gptoss_ft.export.verdict import Reading, VerifyReport, WeightCheck
 from gptoss_ft.export.weights import checkpoint_distances, delta_distances
 from gptoss_ft.model.checkpoint import Checkpoint
-from gptoss_ft.model.load import load_base
 
 Format = Literal["adapter", "bf16", "mxfp4"]
 # What a server needs beside the weights; an export has each that its base has.
@@ -54,7 +56,7 @@ class Excerpt:
 
 
 def verify_export(
-    *, base: Path, adapter: Path, export: Path, samples: Sequence[Sample], max_tokens: int
+    *, base: Path, adapter: Path, export: Path, samples: Sequence[Sample], max_tokens: int, progress: bool = True
 ) -> VerifyReport:
     """Compare an exported adapter or checkpoint with base + adapter, in fp32 on the CPU.
 
@@ -65,16 +67,18 @@ def verify_export(
         adapter: what training saved, in PEFT's layout.
         samples: rows to compare on, used from the first on.
         max_tokens: positions to compare at most, of those that carry loss.
+        progress: show a bar for every program on stderr.
 
     Raises:
-        UserError: if the folder is no whole export of this base, or no sample carries loss.
+        UserError: if the folder is no whole export of this base, no sample carries loss, or the memory does not
+            suffice for the trained model.
     """
     base_checkpoint = Checkpoint.open(base)
     format = check_export(base_checkpoint, export)
     excerpts = select_positions(samples, max_tokens)
-    weights = check_weights(base_checkpoint, adapter, export, format)
-    trained_PV, base_distances = trained_logits(base_checkpoint, adapter, excerpts)
-    readings, not_run = read_export(base, export, format, excerpts, trained_PV)
+    weights = check_weights(base_checkpoint, adapter, export, format, progress)
+    trained_PV, base_distances = trained_logits(base_checkpoint, adapter, excerpts, progress)
+    readings, not_run = read_export(base, export, format, excerpts, trained_PV, progress)
     return VerifyReport(
         export=export,
         format=format,
@@ -132,42 +136,56 @@ def select_positions(samples: Sequence[Sample], max_tokens: int) -> list[Excerpt
     return excerpts
 
 
-def check_weights(base: Checkpoint, adapter: Path, export: Path, format: Format) -> WeightCheck:
+def check_weights(base: Checkpoint, adapter: Path, export: Path, format: Format, progress: bool = False) -> WeightCheck:
     """Compare all weights, file with file."""
     deltas = read_adapter(adapter, base.spec)
-    if format == "adapter":
-        return WeightCheck.of(delta_distances(deltas, read_adapter(export, base.spec)))
-    return WeightCheck.of(checkpoint_distances(base, deltas, Checkpoint.open(export)))
+    distances = (
+        delta_distances(deltas, read_adapter(export, base.spec))
+        if format == "adapter"
+        else checkpoint_distances(base, deltas, Checkpoint.open(export))
+    )
+    return WeightCheck.of(tqdm(distances, desc="comparing the files", unit=" weights", disable=not progress))
 
 
-def trained_logits(base: Checkpoint, adapter: Path, excerpts: Sequence[Excerpt]) -> tuple[Tensor, Distances]:
+def trained_logits(
+    base: Checkpoint, adapter: Path, excerpts: Sequence[Excerpt], progress: bool = False
+) -> tuple[Tensor, Distances]:
     """The trained model's logits `[P, V]`, and how far the base without the adapter is from them."""
-    precision = "bf16" if base.layout == "bf16" else "mxfp4"
-    model, _ = load_adapter(load_base(base.path, precision=precision, dtype=torch.float32), adapter)
-    reader = transformers_reader(model)
-    trained = list(_logits(reader, excerpts))
-    with model.disable_adapter():
-        distances = Distances.join(
-            [Distances.between(*pair) for pair in zip(trained, _logits(reader, excerpts), strict=True)]
-        )
+    with _bar("the trained model", 2 * len(excerpts), progress) as bar:
+        try:
+            model, _ = load_adapter(load_in_fp32(base), adapter)
+        except NotRun as reason:
+            raise UserError(f"not verified: the trained model cannot be opened here: {reason}") from reason
+        reader = transformers_reader(model)
+        trained = list(_logits(reader, excerpts, bar))
+        with model.disable_adapter():
+            distances = Distances.join(
+                [Distances.between(*pair) for pair in zip(trained, _logits(reader, excerpts, bar), strict=True)]
+            )
     return torch.cat(trained), distances
 
 
 def read_export(
-    base: Path, export: Path, format: Format, excerpts: Sequence[Excerpt], trained_PV: Tensor
+    base: Path,
+    export: Path,
+    format: Format,
+    excerpts: Sequence[Excerpt],
+    trained_PV: Tensor,
+    progress: bool = False,
 ) -> tuple[list[Reading], dict[str, str]]:
     """What every reader that can open the export makes of it, and why the others cannot."""
     readings: list[Reading] = []
     not_run: dict[str, str] = {}
     first_PV: Tensor | None = None
     for program, open_export in _readers(base, export, format):
-        try:
-            reader = open_export()
-        except NotRun as reason:
-            not_run[program] = str(reason)
-            continue
-        logits_PV = torch.cat(list(_logits(reader, excerpts)))
-        del reader
+        with _bar(program, len(excerpts), progress) as bar:
+            try:
+                reader = open_export()
+            except NotRun as reason:
+                not_run[program] = str(reason)
+                continue
+            logits_PV = torch.cat(list(_logits(reader, excerpts, bar)))
+            del reader
         from_first = None if first_PV is None else Distances.between(first_PV, logits_PV)
         readings.append(
             Reading(
@@ -188,7 +206,7 @@ def _readers(base: Path, export: Path, format: Format) -> list[tuple[str, Callab
     return [
         ("transformers", lambda: open_with_transformers(export)),
         ("gpt-oss", lambda: open_with_gpt_oss(export)),
-        ("gptoss-ft", lambda: transformers_reader(load_base(export, precision=format, dtype=torch.float32))),
+        ("gptoss-ft", lambda: open_with_gptoss_ft(export)),
     ]
 
 
@@ -196,6 +214,12 @@ def _no_adapters() -> Reader:
     raise NotRun("it does not read adapters")
 
 
-def _logits(reader: Reader, excerpts: Sequence[Excerpt]) -> Iterator[Tensor]:
+def _bar(program: str, num_readings: int, progress: bool) -> tqdm:
+    """It stands at nothing while the program opens its files."""
+    return tqdm(total=num_readings, desc=f"reading with {program}", unit=" samples", disable=not progress)
+
+
+def _logits(reader: Reader, excerpts: Sequence[Excerpt], bar: tqdm) -> Iterator[Tensor]:
     for excerpt in excerpts:
         yield reader(excerpt.input_ids_T, excerpt.positions_P)
+        bar.update()

@@ -139,8 +139,19 @@ def _json(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(_json, value)) + "]"
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
-        value = float(value)
+        value = _float_of_long(value)
     return _float(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+def _float_of_long(value: int) -> float:
+    """An integer beyond 64 bits as serde_json reads it: the digits that fit into 64 bits times a power of ten.
+
+    Both are rounded, so that the last digit may differ from the nearest float's.
+    """
+    digits = str(abs(value))
+    kept = next(count for count in (20, 19) if int(digits[:count]) < 2**64)
+    size = float(int(digits[:kept])) * float(f"1e{max(len(digits) - kept, 0)}")
+    return -size if value < 0 else size
 
 
 def _float(value: float) -> str:

@@ -74,6 +74,15 @@ def decode(ids: Sequence[int]) -> str:
     return _encoding().decode(ids)
 
 
+def token_bytes(id_: int) -> bytes:
+    """What one token stands for, a control token for its name.
+
+    Raises:
+        KeyError: if no token has this id.
+    """
+    return _encoding().decode_single_token_bytes(id_)
+
+
 @cache
 def _encoding() -> tiktoken.Encoding:
     lines = (line.split() for line in ranks_file_bytes().splitlines())

@@ -6,9 +6,6 @@ The decoder is `gptoss_ft.kernels.reference.dequantize_mxfp4`. Everything here w
 a caller with more rows than memory splits them.
 """
 
-from collections.abc import Callable
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -16,22 +13,19 @@ from gptoss_ft.kernels.reference import BLOCK_SIZE, SCALE_BIAS, SCALE_NAN, scale
 
 SIGN_BIT = 8
 
-ScaleRule = Literal["even", "floor"]
 
-
-def quantize_mxfp4(values: Tensor, scales: Tensor | None = None, rule: ScaleRule = "even") -> tuple[Tensor, Tensor]:
+def quantize_mxfp4(values: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Round `values` [..., 32·G] to the nearest MXFP4 numbers: blocks [..., G, 16] and scales [..., G], uint8.
 
     A tie goes to the even code, what exceeds 6·scale saturates, and zeros keep their sign.
     A block that holds NaN or infinity becomes NaN (scale 255).
 
     Args:
-        scales: the scales to use; by default `rule` chooses them.
-        rule: "even", see `even_scales`, or "floor", see `floor_scales`.
+        scales: the scales to use; by default those of `even_scales`.
     """
     values = values if values.dtype == torch.float64 else values.float()
     if scales is None:
-        scales = SCALE_RULES[rule](values)
+        scales = even_scales(values)
     values_GV = _in_blocks(values)
     unit = scale_values((2 * SCALE_BIAS - scales.int()).clamp_min(0), values.dtype)
     codes = _nearest_codes(values_GV * unit.unsqueeze(-1))
@@ -46,15 +40,6 @@ def even_scales(values: Tensor) -> Tensor:
     """
     mantissa, exponent = _amax_parts(values)
     return _as_scale_bytes(exponent - 3 + (mantissa >= 0.875).int(), mantissa)
-
-
-def floor_scales(values: Tensor) -> Tensor:
-    """Scales [..., G] of `values` [..., 32·G] by the OCP conversion (6.3): floor(log2(amax)) - 2; may saturate."""
-    mantissa, exponent = _amax_parts(values)
-    return _as_scale_bytes(exponent - 3, mantissa)
-
-
-SCALE_RULES: dict[ScaleRule, Callable[[Tensor], Tensor]] = {"even": even_scales, "floor": floor_scales}
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

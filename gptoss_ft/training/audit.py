@@ -12,7 +12,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gptoss_ft.adapters.attach import lora_layers
 from gptoss_ft.adapters.experts import ExpertsLora
+from gptoss_ft.errors import UserError
 from gptoss_ft.training.run_folder import write_json
+
+NOT_FINITE = "has a gradient that is not finite"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class AuditCallback(TrainerCallback):
     not zero.
 
     Raises:
-        ValueError: from `on_pre_optimizer_step`, naming the first tensors with no or a non-finite gradient.
+        ValueError: from `on_pre_optimizer_step`, as `audit_gradients` does.
     """
 
     def __init__(self, model: PeftModel, path: Path) -> None:
@@ -59,6 +62,7 @@ class AuditCallback(TrainerCallback):
     ) -> None:
         if self._done:
             return
+        share_reached(self.model)
         moved = any(bool(B.weight.any()) for layer in lora_layers(self.model).values() for B in layer.lora_B.values())
         if moved or self.result is None:
             self.result = audit_gradients(self.model)
@@ -78,13 +82,25 @@ def watch_experts(model: PeftModel, *, on: bool = True) -> None:
             layer.watch_experts(on=on)
 
 
+def share_reached(model: PeftModel) -> None:
+    """Have every process know which experts any of them has reached: their gradients are already averaged."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for layer in lora_layers(model).values():
+        if isinstance(layer, ExpertsLora) and layer.reached_E is not None:
+            reached_E = layer.reached_E.to(next(layer.lora_A.parameters()).device, torch.int32)
+            torch.distributed.all_reduce(reached_E, torch.distributed.ReduceOp.MAX)
+            layer.reached_E = reached_E.bool().cpu()
+
+
 def audit_gradients(model: PeftModel) -> GradientAudit:
     """Check the gradients that a backward pass has left: of every B, and of every A whose B is not zero.
 
     A stack of experts is checked expert by expert, for those that a token with loss has reached.
 
     Raises:
-        ValueError: naming the first tensors whose gradient is missing, zero or not finite.
+        ValueError: naming the first tensors whose gradient is missing or zero.
+        UserError: likewise, if some are not finite.
     """
     failed: list[str] = []
     unreached: dict[str, list[int]] = {}
@@ -100,11 +116,16 @@ def audit_gradients(model: PeftModel) -> GradientAudit:
             moved = {e for e, (weight, _) in parts["lora_B"].items() if weight.any()}
             for matrix, experts in parts.items():
                 checked = {e: grad for e, (_, grad) in experts.items() if matrix == "lora_B" or e in moved}
-                failed += [f"{where} {matrix}{e}" for e, grad in checked.items() if not _has_gradient(grad)]
+                faults = {f"{where} {matrix}{e}": _fault(grad) for e, grad in checked.items()}
+                failed += [f"{tensor} {fault}" for tensor, fault in faults.items() if fault]
                 num_tensors += bool(checked)
                 num_expert_tensors += len(checked) if stacked else 0
     if failed:
-        raise ValueError(f"{len(failed)} adapter tensors got no gradient, first: {', '.join(failed[:5])}")
+        diverged = any(fault.endswith(NOT_FINITE) for fault in failed)
+        cure = "; training diverged, lower trainer.learning_rate or adapter.alpha" if diverged else ""
+        raise (UserError if diverged else ValueError)(
+            f"{len(failed)} adapter tensors do not learn, first: {', '.join(failed[:3])}{cure}"
+        )
     return GradientAudit(num_tensors, num_expert_tensors, unreached)
 
 
@@ -127,5 +148,9 @@ def _reached(layer: ExpertsLora) -> list[int]:
     return sorted(_trained(layer).intersection(layer.reached_E.nonzero().flatten().tolist()))
 
 
-def _has_gradient(grad: Tensor | None) -> bool:
-    return grad is not None and bool(torch.isfinite(grad).all()) and bool(grad.any())
+def _fault(grad: Tensor | None) -> str:
+    if grad is None:
+        return "has no gradient"
+    if not grad.isfinite().all():
+        return NOT_FINITE
+    return "" if grad.any() else "has a gradient of zero"

@@ -1,15 +1,11 @@
-"""What a run shows and writes while it trains: a progress bar, metrics as lines of JSON, portable checkpoints."""
+"""What a run shows and writes while it trains: a progress bar, and metrics as lines of JSON."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
-from gptoss_ft.adapters.save import portable_config
 
 # Trainer's names, to names that carry the unit.
 UNITS = {"loss": "loss_nats", "eval_loss": "eval_loss_nats", "train_runtime": "train_runtime_s"}
@@ -42,6 +38,10 @@ class ProgressCallback(TrainerCallback):
             self.bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.3f} nats per token")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the bar's line; again does nothing."""
         if self.bar is not None:
             self.bar.close()
 
@@ -59,15 +59,3 @@ class MetricsCallback(TrainerCallback):
             line = {"step": state.global_step, **{UNITS.get(name, name): value for name, value in logs.items()}}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-
-
-class PortableCheckpointCallback(TrainerCallback):
-    """Gives each checkpoint's adapter the config that stock PEFT can load; Trainer writes our in-memory one."""
-
-    def __init__(self, model: PeftModel) -> None:
-        self.model = model
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            portable_config(self.model).save_pretrained(folder)

@@ -17,12 +17,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "gptoss_ft", "recipes", "configs", "kernels")
+SOURCES = (
+    *("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "NOTICE"),
+    *("gptoss_ft", "recipes", "configs", "kernels"),
+)
+LIBRARY = "gptoss_ft/kernels/libgptoss_ft_cpu.so"
+# An environment need not be activated for its CMake and Ninja to be found.
+PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+PROBE = "import json; from gptoss_ft.kernels import dispatch; print(json.dumps(dispatch.describe()))"
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="the CPU library needs GCC or Clang"
+)
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    """The output of a command that has to succeed."""
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
+    """The output of a command that has to succeed, with `variables` in its environment."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"PATH": PATH, **variables}
     result = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -39,7 +51,7 @@ def copy_checkout(folder: Path) -> Path:
     return folder
 
 
-def new_environment(folder: Path, *arguments: str | Path) -> Path:
+def new_environment(folder: Path, *arguments: str | Path, **variables: str) -> Path:
     """The `bin` folder of a new environment that `pip install` with `arguments` filled with this package alone."""
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
     binaries = folder / ("Scripts" if os.name == "nt" else "bin")
@@ -48,7 +60,7 @@ def new_environment(folder: Path, *arguments: str | Path) -> Path:
     Path(target, "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = next(binaries.glob("python*"))
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--force-reinstall", "--disable-pip-version-check"]
-    run(python, "-m", "pip", "install", *options, *arguments, cwd=folder)
+    run(python, "-m", "pip", "install", *options, *arguments, cwd=folder, **variables)
     return binaries
 
 
@@ -70,16 +82,47 @@ def installed(request, tmp_path_factory) -> tuple[Path, Path]:
     return new_environment(folder / "venv", "--editable", checkout), checkout
 
 
-def test_wheel_holds_the_sources_and_nothing_else(wheel):
+@needs_compiler
+def test_wheel_holds_python_presets_assets_and_the_library(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     expected = {
         f"{'' if source == 'gptoss_ft' else 'gptoss_ft/'}{path.relative_to(ROOT).as_posix()}"
         for source in ("gptoss_ft", "recipes", "configs", "kernels")
         for path in (ROOT / source).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and ROOT / "kernels" / "cpu" not in path.parents
     }
-    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert {name for name in names if ".dist-info/" not in name} == {*expected, LIBRARY}
     assert any(name.endswith("/licenses/NOTICE") for name in names)
+
+
+def test_wheel_is_for_any_python_on_this_platform(wheel):
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+
+
+@needs_compiler
+def test_packed_experts_run_in_the_library(installed, tmp_path):
+    binaries, _ = installed
+    rows = json.loads(run(binaries / "python", "-c", PROBE, cwd=tmp_path))
+    assert rows
+    for *_, implementation, refused in rows:
+        assert implementation.startswith("cpu/") and refused == ""
+
+
+@pytest.mark.parametrize("options", [[], ["--editable"]], ids=["plain", "editable"])
+def test_without_a_compiler_the_package_installs_and_says_what_runs_instead(options, tmp_path):
+    checkout = copy_checkout(tmp_path / "checkout")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("cmake", "ninja"):
+        (tools / name).symlink_to(shutil.which(name, path=PATH))
+    binaries = new_environment(tmp_path / "venv", *options, checkout, PATH=str(tools), CC="", CXX="")
+    assert not list((tmp_path / "venv").rglob("libgptoss_ft_cpu*"))
+    rows = json.loads(run(binaries / "python", "-c", PROBE, cwd=tmp_path))
+    assert rows
+    for *_, implementation, refused in rows:
+        assert implementation == "torch"
+        assert "no C++ compiler when gptoss-ft was installed" in refused
 
 
 def test_package_comes_from_the_new_environment(installed, tmp_path):

@@ -228,3 +228,10 @@ def test_generations_of_every_quickstart_row(openai_encoding, name):
     assert len(rows) == 200
     for row in rows:
         assert_samples_agree(openai_encoding, read_messages_row(json.loads(row)))
+
+
+@pytest.mark.parametrize("value", [2**64 - 1, 2**64, -(2**63) - 1, 31357893381667125248, 10**30 + 1])
+def test_numbers_beyond_64_bits_are_rounded_alike(openai_encoding, value):
+    schema = {"type": "object", "properties": {"a": {"type": "number", "default": value}}}
+    asked = Conversation(messages=(Message("user", "q"),), tools=(Tool("f", "", schema),))
+    assert opening_ids(asked) == their_prompt(openai_encoding, asked, [])[:-2]

@@ -21,6 +21,7 @@ from gptoss_ft.data.dataset import Sample
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import export_adapter, read_adapter
 from gptoss_ft.export.distance import Distances
+from gptoss_ft.export.fingerprint import write_fingerprint
 from gptoss_ft.export.merge import merge
 from gptoss_ft.export.verdict import Reading, VerifyReport, WeightCheck
 from gptoss_ft.export.verify import select_positions, verify_export
@@ -317,12 +318,35 @@ def test_programs_that_are_not_installed_are_named(wide, exports, monkeypatch):
     assert "not run: gpt-oss" in str(report)
 
 
-def test_nothing_passes_that_no_other_program_opened(wide, exports, monkeypatch):
+def test_nothing_passes_that_no_other_program_opened(wide, exports, tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     report = wide.verify(exports["mxfp4"])
     assert not report.passed
-    assert "no other program opened it" in report.failures[0]
-    assert "GB are free" in report.not_run["transformers"]
+    assert report.verdict == "NOT VERIFIED"
+    (failure,) = report.failures
+    assert failure.startswith("not verified: no other program opened it here (transformers: it needs 0.0 GB of memory")
+    assert "NOT VERIFIED" in str(report) and "failed:" not in str(report)
+
+    worse = wide.verify(damaged(exports, "mxfp4", swap_rows, tmp_path / "out"))
+    assert worse.verdict == "FAILED"
+    assert "failed: 1 of" in str(worse) and failure in str(worse)
+
+
+def test_a_dense_model_is_only_opened_where_it_fits(tmp_path, monkeypatch):
+    trained = trained_on(tmp_path, layout="bf16")
+    export = trained.export("bf16", tmp_path / "out")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(UserError, match=r"not verified: the trained model cannot be opened here: it needs .* GB"):
+        trained.verify(export)
+
+
+def test_every_program_shows_its_progress(wide, exports, capsys):
+    wide.verify(exports["bf16"])
+    shown = capsys.readouterr().err
+    for stage in ("comparing the files", "reading with the trained model", "reading with transformers"):
+        assert stage in shown
+    wide.verify(exports["bf16"], progress=False)
+    assert "with" not in capsys.readouterr().err
 
 
 def test_folders_that_are_no_export_of_the_run_are_named(wide, exports, tmp_path):
@@ -441,6 +465,36 @@ def test_the_command_takes_other_rows(run, capsys):
     words = [f"run={run}", f"path={run / 'export' / 'mxfp4'}", f"data={run / 'other.jsonl'}", "max_tokens=2"]
     assert recipe.main(load_command(VerifyCommand, words)) is True
     assert "other.jsonl:1" in capsys.readouterr().out
+
+
+def test_rows_and_base_may_have_moved(run, tmp_path):
+    moved = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("rows.jsonl", "base", "verify-*"))
+    config = (run / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(config.replace(str(run), str(tmp_path / "gone")))
+    export = moved / "export" / "mxfp4"
+
+    with pytest.raises(UserError, match=r"gone.base is no folder"):
+        recipe.verify_run(moved, export)
+    with pytest.raises(UserError, match=r"gone.rows\.jsonl: no such file; .* data=FILE"):
+        recipe.verify_run(moved, export, base=run / "base")
+    assert recipe.verify_run(moved, export, base=run / "base", data=run / "rows.jsonl", max_tokens=2).passed
+
+
+def test_only_the_rows_held_out_need_to_be_there(run, tmp_path):
+    moved = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("base", "verify-*"))
+    config = (run / "config.yaml").read_text().replace("eval_fraction: 0.3", "eval_fraction: 0")
+    config = config.replace("eval_path: null", f"eval_path: [{moved / 'rows.jsonl'}]")
+    (moved / "config.yaml").write_text(config.replace(str(run / "rows.jsonl"), str(tmp_path / "gone.jsonl")))
+    report = recipe.verify_run(moved, moved / "export" / "mxfp4", max_tokens=2)
+    assert report.passed and str(moved / "rows.jsonl") in report.places[0]
+
+
+def test_another_base_is_refused(run, tmp_path):
+    moved = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("base", "verify-*"))
+    write_fingerprint(moved, Checkpoint.open(run / "base"))
+    other = init_checkpoint(Checkpoint.open(run / "base").spec, tmp_path / "other", seed=1, progress=False)
+    with pytest.raises(UserError, match=r"other is not the base that .* trained on: .* base=FOLDER"):
+        recipe.verify_run(moved, moved / "export" / "mxfp4", base=other)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

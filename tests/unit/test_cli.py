@@ -1,10 +1,14 @@
 """The command line: help without heavy imports, exit codes, and errors on one line of stderr."""
 
+import signal
 import subprocess
 import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from gptoss_ft import __version__, cli
 from gptoss_ft.config import schema
@@ -111,6 +115,64 @@ def test_a_command_that_stops_says_why(raised, code, message, capsys, monkeypatc
     monkeypatch.setitem(cli.COMMANDS, "init", cli.Command(stop, schema.InitCommand, "", ()))
     assert cli.main(["init"]) == code
     assert capsys.readouterr().err == message
+
+
+def test_an_error_starts_a_new_line_after_an_open_progress_bar(capsys, monkeypatch):
+    def stop(words: list[str]) -> int:
+        for _ in tqdm(range(10)):
+            raise UserError("the disk is full")
+        return 0
+
+    monkeypatch.setitem(cli.COMMANDS, "init", cli.Command(stop, schema.InitCommand, "", ()))
+    assert cli.main(["init"]) == 1
+    shown = capsys.readouterr().err
+    assert "0/10" in shown and shown.endswith("\nerror: the disk is full\n")
+
+
+TERMINATED = """
+import sys, time
+from gptoss_ft import cli, files
+from gptoss_ft.config import schema
+def write(words):
+    with files.whole_folder("out"):
+        print(flush=True)
+        time.sleep(60)
+cli.COMMANDS["init"] = cli.Command(write, schema.InitCommand, "", ())
+sys.exit(cli.main(["init"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")
+def test_termination_leaves_nothing_half_written(tmp_path):
+    command = [sys.executable, "-c", TERMINATED]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.terminate()
+        assert process.communicate(timeout=30) == (b"", b"")
+    assert process.returncode == 143
+    assert not list(tmp_path.iterdir())
+
+
+def test_commands_run_outside_the_main_thread_and_leave_signals_alone(monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "init", cli.Command(len, schema.InitCommand, "", ()))
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(cli.main, ["init", "a=b"]).result() == 1
+    assert cli.main(["init", "a=b"]) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("rank", "shown"), [(None, "runs/x\n"), ("0", "runs/x\n"), ("1", "")])
+def test_one_process_of_many_prints_the_run_folder(rank, shown, capsys, monkeypatch):
+    recipe = types.ModuleType("sft")
+    recipe.main = lambda cfg: cfg.run.dir
+    monkeypatch.setitem(sys.modules, "gptoss_ft.recipes.sft", recipe)
+    monkeypatch.setattr("gptoss_ft.recipes.sft", recipe, raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    assert cli.main(["train", "config=quickstart", "run.dir=runs/x"]) == 0
+    assert capsys.readouterr().out == shown
 
 
 def test_bugs_are_not_hidden(monkeypatch):

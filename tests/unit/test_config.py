@@ -7,12 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from omegaconf import OmegaConf
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from gptoss_ft.config.catalog import CONFIGS, choices, groups, keys, presets, summary
 from gptoss_ft.config.load import check_paths, compose_train_config, load_command, load_train_config, to_yaml
-from gptoss_ft.config.schema import Dtype, InitCommand, Optim, Schedule, Shape, Target, TrainConfig, TrainerConfig
+from gptoss_ft.config.schema import (
+    AttnImplementation,
+    Dtype,
+    InitCommand,
+    Optim,
+    Schedule,
+    Shape,
+    Target,
+    TrainConfig,
+    TrainerConfig,
+    VerifyCommand,
+)
 from gptoss_ft.errors import ConfigError
 
 REQUIRED = ["run.dir=run", "model.path=base", "data.path=rows.jsonl"]
@@ -50,6 +63,27 @@ def test_section_preset_composes_and_is_explained(word):
     compose_train_config([*REQUIRED, word])
     group, choice = word.split("=")
     assert (CONFIGS / group / f"{choice}.yaml").read_text().startswith("# ")
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Nested values by dotted name."""
+    leaves = {}
+    for name, value in tree.items():
+        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_preset_says_nothing_that_is_so_anyway(path):
+    section = "" if path.parent == CONFIGS else f"{path.parent.name}."
+    defaults = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"))["defaults"]
+    if {section.rstrip("."): path.stem} in defaults:
+        pytest.skip("the default of its section spells out what is so anyway")
+    known = keys(TrainConfig)
+    values = OmegaConf.to_container(OmegaConf.load(path)) or {}
+    values.pop("defaults", None)
+    for name, value in flat(values, section).items():
+        assert value != known[name].default, f"{name} is {value} by default"
 
 
 def test_quickstart_needs_nothing_but_the_package(here):
@@ -167,6 +201,15 @@ def test_values_take_the_type_of_their_key(word, value):
         ("config=quickstrat", "config=quickstrat: no such preset: did you mean 'quickstart'?"),
         ("config=", "config=: no such preset: the presets are attention_20b, "),
         ("config=./none.yaml", "config=none.yaml: no such file"),
+        ("config=./", "config=.: it is a folder, not a file"),
+        *(
+            (
+                f"model.attn_implementation={name}",
+                "model.attn_implementation must be one of eager, flex_attention, got ",
+            )
+            for name in ("flashy", "sdpa", "flash_attention_2")
+        ),
+        ("model.dtype=auto", "model.dtype must be one of bfloat16, float32, got auto"),
     ],
 )
 def test_mistake_in_a_word_is_named(here, word, message):
@@ -188,14 +231,30 @@ def test_mistake_in_a_word_is_named(here, word, message):
         ("data.max_length=1", "data.max_length must be 2 or more"),
         ("trainer.max_steps=0", "trainer.max_steps must be -1 or above 0, got 0"),
         ("trainer.learning_rate=0", "trainer.learning_rate must be above 0"),
+        ("trainer.learning_rate=1e38", "trainer.learning_rate must be above 0 and at most 1 (AdamW moves each weight "),
+        ("trainer.eval_steps=-1", "trainer.eval_steps must be 0 or more, got -1"),
         ("trainer.warmup_steps=-1", "trainer.warmup_steps must be 0 or more"),
         ("trainer.logging_steps=0", "trainer.logging_steps must be 1 or more"),
         ("trainer.report_to=[none,wandb]", "trainer.report_to must be none or other names, got none, wandb"),
-        ("seed=-1", "seed must be 0 or more"),
+        ("seed=-1", "seed must be from 0 to 4294967295, got -1"),
+        ("seed=4294967296", "seed must be from 0 to 4294967295, got 4294967296"),
     ],
 )
 def test_value_out_of_range_is_named(word, message):
     assert refused(*REQUIRED, word).startswith(message)
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize("name", [key.name for key in keys(TrainConfig).values() if key.kind is float])
+def test_numbers_are_finite(name, value):
+    assert refused(*REQUIRED, f"{name}={value}").startswith(f"{name} must be ")
+
+
+def test_largest_seed_is_one_that_every_generator_takes():
+    config = compose_train_config([*REQUIRED, "seed=4294967295"])
+    transformers.set_seed(config.seed)
+    with pytest.raises(ValueError, match="Seed must be between"):
+        transformers.set_seed(config.seed + 1)
 
 
 def test_values_that_exclude_each_other_are_named():
@@ -250,9 +309,29 @@ def test_missing_inputs_are_named_with_the_nearest_name(here):
     assert refused(*REQUIRED, "model.path=bse") == "model.path=bse: no such folder: did you mean 'base'?"
     message = refused(*REQUIRED, "data.path=[rows.jsonl,row.jsonl]")
     assert message == "data.path=row.jsonl: no such file: did you mean 'rows.jsonl'?"
-    assert refused(*REQUIRED, "data.eval_path=base") == "data.eval_path=base: no such file"
+    assert refused(*REQUIRED, "data.path=base") == "data.path=base: it is a folder, not a file"
+    assert refused(*REQUIRED, "model.path=rows.jsonl") == "model.path=rows.jsonl: it is a file, not a folder"
     shutil.rmtree(here / "base")
     check_paths(compose_train_config([*REQUIRED, "model.init=tiny"]))
+
+
+@pytest.mark.parametrize(
+    ("written", "there", "hint"),
+    [
+        ("missing.jsonl", ["role.jsonl"], ""),
+        ("role.jsonl", ["rows.jsonl"], ""),
+        ("rows.json", ["rows.txt", "rows.jsonl"], ": did you mean 'deep/rows.jsonl'?"),
+        ("row.jsonl", ["rows/"], ""),
+        ("row.jsonl", [], ""),
+    ],
+)
+def test_only_near_names_are_suggested(here, written, there, hint):
+    (here / "deep").mkdir()
+    for name in there:
+        path = here / "deep" / name
+        path.mkdir() if name.endswith("/") else path.touch()
+    (here / "base").mkdir()
+    assert refused(*REQUIRED, f"data.path=deep/{written}") == f"data.path=deep/{written}: no such file{hint}"
 
 
 def test_commands_take_words_too():
@@ -262,6 +341,30 @@ def test_commands_take_words_too():
         load_command(InitCommand, ["model=tiny"])
     with pytest.raises(ConfigError, match="unknown key 'modle': did you mean 'model'"):
         load_command(InitCommand, ["modle=tiny", "out=x"])
+
+
+def test_verify_finds_a_base_that_has_moved(here):
+    (here / "run").mkdir()
+    (here / "moved").mkdir()
+    assert load_command(VerifyCommand, ["run=run", "path=run", "base=moved"]).base == "moved"
+    with pytest.raises(ConfigError, match="base=gone: no such folder"):
+        load_command(VerifyCommand, ["run=run", "path=run", "base=gone"])
+
+
+@pytest.mark.parametrize("implementation", AttnImplementation)
+def test_attention_implementations_run_gpt_oss(implementation):
+    with torch.device("meta"):
+        model = transformers.GptOssForCausalLM._from_config(small_shape(), attn_implementation=implementation.value)
+    assert model.config._attn_implementation == implementation.value
+
+
+def test_scaled_dot_product_attention_does_not():
+    with pytest.raises(ValueError, match="does not support"), torch.device("meta"):
+        transformers.GptOssForCausalLM._from_config(small_shape(), attn_implementation="sdpa")
+
+
+def small_shape() -> transformers.GptOssConfig:
+    return transformers.GptOssConfig(num_hidden_layers=1, num_local_experts=2, hidden_size=64, intermediate_size=64)
 
 
 def test_trainer_keys_are_those_of_training_arguments():

@@ -3,8 +3,8 @@ import torch
 from gptoss_ft.data.collate import PaddingCollator
 
 SAMPLES = [
-    {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "length": 3},
-    {"input_ids": [4], "labels": [4], "length": 1},
+    {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "row": "rows.jsonl:1"},
+    {"input_ids": [4], "labels": [4], "row": "rows.jsonl:2"},
 ]
 
 
@@ -18,8 +18,5 @@ def test_pads_on_the_right_to_the_longest():
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_pads_to_a_multiple():
-    assert PaddingCollator(pad_to_multiple_of=8)(SAMPLES)["labels"].shape == (2, 8)
-    assert PaddingCollator(pad_to_multiple_of=3)(SAMPLES)["labels"].shape == (2, 3)
-    batch = PaddingCollator(pad_token_id=0, pad_to_multiple_of=4)(SAMPLES)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 0], [4, 0, 0, 0]]
+def test_pads_with_the_models_own_token():
+    assert PaddingCollator(pad_token_id=0)(SAMPLES)["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]

@@ -71,6 +71,18 @@ def test_errors_name_file_line_and_field(rows_file):
         compile_samples([path], max_length=512)
 
 
+def test_what_cannot_be_read_is_named_wherever_it_hides(rows_file):
+    tool = {"name": "f", "parameters": '{"maximum": 1e999}'}
+    path = rows_file({"messages": TWO_TURNS, "tools": [tool]})
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: tools\[0\]\.parameters: the number 1e999 is too large"):
+        compile_samples([path], max_length=512)
+    # Too deep for the parser or for what comes after it, by the version of Python.
+    nested = '{"a":' * 3000 + "1" + "}" * 3000
+    path.write_text(f'{{"messages": {json.dumps(TWO_TURNS)}, "tools": [{{"name": "f", "parameters": {nested}}}]}}')
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: lists and objects are nested too deeply"):
+        compile_samples([path], max_length=512)
+
+
 def test_nothing_left_is_an_error(rows_file):
     path = rows_file({"messages": TWO_TURNS})
     with pytest.raises(
@@ -107,6 +119,6 @@ def test_split_never_empties_a_side(rows_file):
 def test_dataset_columns(rows_file):
     samples = compile_samples([rows_file({"messages": TWO_TURNS})], max_length=512).samples
     dataset = to_dataset(samples)
-    assert dataset.column_names == ["input_ids", "labels", "length"]
+    assert dataset.column_names == ["input_ids", "labels"]
     for row, sample in zip(dataset, samples, strict=True):
-        assert row == {"input_ids": sample.input_ids, "labels": sample.labels, "length": len(sample.input_ids)}
+        assert row == {"input_ids": sample.input_ids, "labels": sample.labels}

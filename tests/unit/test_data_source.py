@@ -19,6 +19,9 @@ def test_rows_keep_their_line_numbers(tmp_path):
         (b'{"a": 1}\n[1]\n', r"rows\.jsonl:2: a row must be a JSON object, not list"),
         (b'{"a": 1}\n\n{"a": "\xff"}\n', r"rows\.jsonl:3: byte 8 is not UTF-8"),
         (b'{"a": NaN}\n', r"rows\.jsonl:1: NaN is not JSON"),
+        (b'{"a": 1}\n' + b"[" * 100_000 + b"\n", r"rows\.jsonl:2: lists and objects are nested too deeply"),
+        (b'{"a": 1' + b"0" * 5000 + b"}\n", r"rows\.jsonl:1: a number of 5001 digits is too large"),
+        (b'{"a": [-1e999]}\n', r"rows\.jsonl:1: the number -1e999 is too large"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, content, message):

@@ -2,12 +2,16 @@
 
 import errno
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from gptoss_ft import files
 from gptoss_ft.errors import UserError
-from gptoss_ft.files import whole_folder, write_whole
+from gptoss_ft.files import check_writable_parent, partial_of, whole_folder, write_whole
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path):
@@ -66,3 +70,96 @@ def test_a_file_is_replaced_whole_or_kept(tmp_path, monkeypatch):
         write_whole(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file.json"]
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, where even root makes no folders")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A working folder with one file in it, to which nothing may be added."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("FILE/x", "FILE is a file"),
+        ("FILE/x/y", "FILE is a file"),
+        ("new/" + "n" * 300, "file name too long"),
+        pytest.param("/proc/x", "no such file or directory", marks=needs_proc),
+    ],
+)
+def test_a_place_where_no_folder_can_be_made_is_named(here, path, reason):
+    message = re.escape(f"{path} cannot be written ({reason}): choose another place")
+    with pytest.raises(UserError, match=message):
+        check_writable_parent(path)
+    assert os.listdir(here) == ["FILE"]
+    with pytest.raises(UserError, match=message), whole_folder(path):
+        pytest.fail("must not get here")
+
+
+def test_a_file_is_no_folder_to_write_to(here):
+    with pytest.raises(UserError, match=r"^FILE cannot be written \(FILE is a file\)"):
+        check_writable_parent("FILE")
+    with pytest.raises(UserError, match=r"^FILE exists already"), whole_folder("FILE"):
+        pytest.fail("must not get here")
+
+
+@pytest.mark.parametrize("path", [".", "new/.."])
+def test_a_place_that_cannot_be_replaced_is_named(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    message = f"^{re.escape(path)} cannot be replaced by a new folder"
+    with pytest.raises(UserError, match=message), whole_folder(path):
+        pytest.fail("must not get here")
+
+
+@pytest.mark.parametrize("path", ["FILE/x", pytest.param("/proc/x", marks=needs_proc)])
+def test_a_file_that_cannot_be_written_is_named(here, path):
+    with pytest.raises(UserError, match=f"^{path} cannot be written"):
+        write_whole(path, "text")
+
+
+@pytest.mark.parametrize("path", [".", "new", "new/deeper/x", "full"])
+def test_a_usable_place_passes_and_stays_as_it_was(here, path):
+    (here / "full").mkdir()
+    (here / "full" / "a").touch()
+    before = sorted(here.rglob("*"))
+    check_writable_parent(path)
+    assert sorted(here.rglob("*")) == before
+
+
+UNFINISHED = """
+import sys, time
+from gptoss_ft.files import whole_folder
+with whole_folder(sys.argv[1]):
+    print(flush=True)
+    time.sleep(60)
+"""
+
+
+def test_folders_of_ended_processes_are_removed_and_no_others(tmp_path):
+    out = tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", UNFINISHED, str(out)], stdout=subprocess.PIPE) as writer:
+        abandoned = partial_named_for(writer.pid, out)
+        writer.stdout.readline()
+        with whole_folder(out):
+            assert abandoned.exists()
+        writer.kill()
+    out.rmdir()
+
+    others = [partial_named_for(os.getppid(), out), partial_named_for(writer.pid, tmp_path / "other")]
+    others.append(tmp_path / f".out.partial-another-machine-{writer.pid}")
+    for folder in others:
+        folder.mkdir()
+    with whole_folder(out):
+        assert not abandoned.exists()
+    assert set(os.listdir(tmp_path)) == {"out", *(folder.name for folder in others)}
+
+
+def partial_named_for(pid: int, path: Path) -> Path:
+    """`partial_of(path)` as the process `pid` would have it."""
+    own = partial_of(path)
+    return own.with_name(own.name.removesuffix(str(os.getpid())) + str(pid))

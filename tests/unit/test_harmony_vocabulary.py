@@ -41,6 +41,14 @@ def test_control_tokens_in_text_stay_text():
     assert vocabulary.decode([vocabulary.START, *vocabulary.encode("user")]) == "<|start|>user"
 
 
+def test_bytes_of_single_tokens():
+    ids = vocabulary.encode("naïve 🤗 text")
+    assert b"".join(map(vocabulary.token_bytes, ids)).decode() == "naïve 🤗 text"
+    assert vocabulary.token_bytes(vocabulary.CALL) == b"<|call|>"
+    with pytest.raises(KeyError):
+        vocabulary.token_bytes(201_000)
+
+
 def test_needs_no_network(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("the vocabulary opened a socket")

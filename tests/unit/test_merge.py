@@ -294,6 +294,7 @@ def poison(tensors):
         (dict(config={"bias": "all"}), "bias='all'"),
         (dict(config={"modules_to_save": ["lm_head"]}), "modules_to_save"),
         (dict(config={"init_lora_weights": "pissa_niter_4"}), "init_lora_weights='pissa_niter_4' changed the base"),
+        (dict(config={"lora_alpha": "big"}), "lora_alpha missing or no number"),
         (dict(config={"r": 16}), r"has rank 4 where adapter_config\.json says 16"),
         (dict(tensors=rename("q_proj", "qkv_proj")), r"qkv_proj\.lora_A\.weight is no LoRA factor"),
         (dict(tensors=rename("layers.1", "layers.9")), "layers.9.* where the base has no such layer"),
@@ -307,6 +308,29 @@ def test_bad_adapters_are_refused_by_name(bases, peft_adapter, tmp_path, change,
     with pytest.raises(UserError, match=message):
         export_adapter(folder, tmp_path / "out", bases["mxfp4"])
     assert not (tmp_path / "out").exists()
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("adapter_model.safetensors", truncate, r"adapter_model\.safetensors is truncated or damaged"),
+        ("adapter_model.safetensors", lambda file: file.write_bytes(b""), "is truncated or damaged"),
+        ("adapter_model.safetensors", lambda file: file.unlink(), r"has no adapter_model\.safetensors"),
+        ("adapter_config.json", lambda file: file.unlink(), r"has no adapter_config\.json"),
+        ("adapter_config.json", truncate, r"adapter_config\.json is not valid JSON"),
+        ("adapter_config.json", lambda file: file.write_bytes(b"\xff"), r"adapter_config\.json is not valid JSON"),
+        ("adapter_config.json", lambda file: file.write_text("[]"), "does not hold a JSON object"),
+    ],
+)
+def test_damaged_adapter_files_are_refused_by_name(bases, peft_adapter, tmp_path, name, damage, message):
+    folder, _ = peft_adapter("everything")
+    damage(folder / name)
+    with pytest.raises(UserError, match=message):
+        export_adapter(folder, tmp_path / "out", bases["mxfp4"])
 
 
 def test_an_adapter_of_another_base_is_refused(bases, peft_adapter):

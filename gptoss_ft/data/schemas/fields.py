@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gptoss_ft.data.strict_json import parse_json
 from gptoss_ft.errors import UserError
 
 
@@ -45,13 +46,12 @@ class Field:
         if not isinstance(self.value, str):
             return self
 
-        def refuse(constant: str) -> None:
-            raise self.error(f"{constant} is not JSON; use a number or null")
-
         try:
-            return Field(json.loads(self.value, parse_constant=refuse), self.path)
+            return Field(parse_json(self.value), self.path)
         except json.JSONDecodeError as error:
             raise self.error(f"is not JSON ({error.msg} at character {error.pos + 1}); mend the string") from error
+        except UserError as error:
+            raise self.error(str(error)) from error
 
     def joined_text(self) -> str:
         """Text given whole or as a list of text parts; empty if absent."""

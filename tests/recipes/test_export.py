@@ -1,0 +1,103 @@
+"""`gptoss-ft export` from a run folder: the right base, records that stay apart, damaged files named."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gptoss_ft.adapters.attach import Targets, attach_adapters
+from gptoss_ft.adapters.save import save_adapter
+from gptoss_ft.cli import main
+from gptoss_ft.config.load import compose_train_config, to_yaml
+from gptoss_ft.errors import UserError
+from gptoss_ft.export.fingerprint import base_fingerprint, check_fingerprint, write_fingerprint
+from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.init import init_checkpoint
+from gptoss_ft.model.load import load_base
+from gptoss_ft.recipes.export import export_run, record_path
+from gptoss_ft.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def run(small_spec, small_bases, tmp_path):
+    """A run folder as training leaves it, with an adapter that changes its base."""
+    folder = tmp_path / "run"
+    base = small_bases["mxfp4"]
+    targets = Targets.parse(["all"], num_layers=small_spec.num_hidden_layers, num_experts=small_spec.num_local_experts)
+    model, _ = attach_adapters(load_base(base), targets, r=2, alpha=4)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_adapter(model, folder / "adapter")
+    words = [f"run.dir={folder}", f"model.path={base}", f"data.path={tmp_path / 'rows.jsonl'}"]
+    (folder / "config.yaml").write_text(to_yaml(compose_train_config(words)))
+    return folder
+
+
+def test_the_base_may_move_but_not_change(run, small_spec, small_bases, tmp_path, capsys):
+    words = ["export", f"run={run}", "format=bf16"]
+    write_fingerprint(run, Checkpoint.open(small_bases["mxfp4"]))
+    assert json.loads((run / "base.json").read_text())["path"] == str(small_bases["mxfp4"])
+    moved = shutil.copytree(small_bases["mxfp4"], tmp_path / "moved")
+    assert main([*words, f"out={tmp_path / 'good'}", f"base={moved}"]) == 0
+
+    other = init_checkpoint(small_spec, tmp_path / "other", seed=2, progress=False)
+    assert main([*words, f"out={tmp_path / 'bad'}", f"base={other}"]) == 1
+    assert f"{other} is not the base that {run} trained on" in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
+
+
+def test_the_fingerprint_is_of_the_model_not_of_its_files(small_spec, small_bases, tmp_path):
+    fingerprints = {base_fingerprint(Checkpoint.open(folder)) for folder in small_bases.values()}
+    assert len(fingerprints) == 1
+    longer = init_checkpoint(replace(small_spec, sliding_window=16), tmp_path / "longer", seed=1, progress=False)
+    assert base_fingerprint(Checkpoint.open(longer)) not in fingerprints
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.layers.1.self_attn.sinks", "model.layers.1.mlp.experts.down_proj_scales"]
+)
+def test_every_tensor_counts(small_bases, tmp_path, name):
+    changed = shutil.copytree(small_bases["mxfp4"], tmp_path / "changed")
+    (file,) = changed.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[name][-1 if "experts" in name else 0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    fingerprint = base_fingerprint(Checkpoint.open(changed))
+    assert fingerprint != base_fingerprint(Checkpoint.open(small_bases["mxfp4"]))
+
+
+def test_a_damaged_record_of_the_base_is_named(run, small_bases):
+    (run / "base.json").write_text("{}")
+    with pytest.raises(UserError, match=r"base\.json is damaged"):
+        check_fingerprint(run, Checkpoint.open(small_bases["mxfp4"]))
+
+
+def test_no_export_overwrites_the_record_of_another(run, tmp_path):
+    outs = [run / "export" / "bf16", tmp_path / "a" / "merged", tmp_path / "b" / "merged"]
+    for out in outs:
+        export_run(run, "bf16", out)
+    records = sorted(path.name for path in run.glob("merge-*.json"))
+    assert len(records) == 3 and records[-1] == "merge-bf16.json"
+    assert all(name.startswith("merge-bf16-merged-") for name in records[:2])
+
+
+def test_a_folder_has_one_record_however_it_is_spelled(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    there = [record_path(RunFolder(run), "verify", "mxfp4", path) for path in (tmp_path / "x", (tmp_path / "run/../x"))]
+    assert len(set(there)) == 1
+    assert record_path(RunFolder("run"), "verify", "mxfp4", run / "export" / "mxfp4").name == "verify-mxfp4.json"
+
+
+@pytest.mark.parametrize("format", ["adapter", "mxfp4"])
+def test_a_truncated_adapter_is_an_error_of_one_line(run, tmp_path, capsys, format):
+    weights = run / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    assert main(["export", f"run={run}", f"format={format}", f"out={tmp_path / 'out'}"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {weights} is truncated or damaged") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
