@@ -259,4 +259,4 @@ def export_all(run: RunFolder, cfg: TrainConfig) -> None:
             report = verify_run(run.path, out)
             print(report)
             if not report.passed:
-                raise UserError(f"{out} does not keep what was trained: see the report above")
+                raise UserError(f"{out}: {report.verdict}, for the reasons in the report above")
