@@ -8,6 +8,8 @@ import pytest
 # Nothing here may reach a network; a hub that is asked by mistake should fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+# The tests' tensors are tiny: several threads make them slower, and many times slower on a machine with other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.spec import SPECS

@@ -15,8 +15,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from gptoss_ft.errors import ConfigError, UserError
 from gptoss_ft.files import write_whole
 
-# What may differ between a run and its resumption: it changes what is recorded, not what is learned.
+# What may differ between a run and its resumption: where and how often things are recorded, not what is learned.
 MAY_CHANGE = {
+    "run.dir",
     "run.resume",
     *(
         f"trainer.{name}"
