@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,41 +22,34 @@ ISA_VARIABLE = "GPTOSS_FT_CPU_ISA"
 ISAS = ("portable", "avx2", "avx512bf16")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
-_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-_SIGNATURES = {
-    "gptoss_ft_best_isa": ([], _INT),
-    "gptoss_ft_register_peak": ([_INT, _LONG], _LONG),
-    # isa, threads, dtype, blocks, scales, number of blocks, out
-    "gptoss_ft_decode": ([_INT, _INT, _INT, _POINTER, _POINTER, _LONG, _POINTER], _INT),
-    # isa, threads, dtype, x, blocks, scales, bias, its dtype, ends, E, O, I, y
-    "gptoss_ft_grouped_linear": (
-        [_INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER],
-        _INT,
-    ),
-    # isa, threads, dtype, dy, blocks, scales, ends, E, O, I, dx
-    "gptoss_ft_grouped_linear_dx": (
-        [_INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER],
-        _INT,
-    ),
-}
+INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The library that was built with this package, or None if there was no compiler for it."""
     found = resources.files("gptoss_ft.kernels").joinpath(LIBRARY_NAME)
-    if not found.is_file():
-        return None
-    loaded = ctypes.CDLL(str(found))
-    for name, (arguments, result) in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, result
-    return loaded
+    return ctypes.CDLL(str(found)) if found.is_file() else None
+
+
+@cache
+def function(name: str, *arguments: Any, result: Any = INT) -> Any:
+    """A function of the library by its C name and types.
+
+    Raises:
+        RuntimeError: if the library was not built.
+    """
+    loaded = library()
+    if loaded is None:
+        raise RuntimeError(f"{LIBRARY_NAME} was not built: reinstall gptoss-ft where g++ or clang is found")
+    found = getattr(loaded, name)
+    found.argtypes, found.restype = arguments, result
+    return found
 
 
 def supported_isas() -> tuple[str, ...]:
     """The instruction sets of the library that this processor has, the best one last."""
-    return ISAS[: _library().gptoss_ft_best_isa() + 1]
+    return ISAS[: function("gptoss_ft_best_isa")() + 1]
 
 
 def selected_isa() -> str:
@@ -75,7 +69,9 @@ def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """`reference.dequantize_mxfp4` into fp32 or bf16."""
     out = torch.empty(*scales.shape, BLOCK_SIZE, dtype=dtype)
     args = (blocks.data_ptr(), scales.data_ptr(), scales.numel(), out.data_ptr())
-    _check(_library().gptoss_ft_decode(*_common(dtype), *args))
+    # isa, threads, dtype, blocks, scales, number of blocks, out
+    types = (INT, INT, INT, POINTER, POINTER, LONG, POINTER)
+    check(function("gptoss_ft_decode", *types)(*common(dtype), *args))
     return out.flatten(-2)
 
 
@@ -91,18 +87,20 @@ def grouped_linear(x_TI: Tensor, weight: MXFP4Weight, bias_EO: Tensor | None, en
     x_TI = x_TI.contiguous()
     bias = None if bias_EO is None else (bias_EO if bias_EO.dtype in DTYPES else bias_EO.float()).contiguous()
     y_TO = x_TI.new_empty(x_TI.shape[0], O)
-    status = _library().gptoss_ft_grouped_linear(
-        *_common(x_TI.dtype),
+    # isa, threads, dtype, x, blocks, scales, bias, its dtype, ends, E, O, I, y
+    types = (INT, INT, INT, POINTER, POINTER, POINTER, POINTER, INT, POINTER, LONG, LONG, LONG, POINTER)
+    status = function("gptoss_ft_grouped_linear", *types)(
+        *common(x_TI.dtype),
         x_TI.data_ptr(),
         weight.blocks_EOGB.data_ptr(),
         weight.scales_EOG.data_ptr(),
         None if bias is None else bias.data_ptr(),
         0 if bias is None else DTYPES[bias.dtype],
-        (_LONG * E)(*ends_E),
+        (LONG * E)(*ends_E),
         *(E, O, I),
         y_TO.data_ptr(),
     )
-    _check(status)
+    check(status)
     return y_TO
 
 
@@ -111,16 +109,18 @@ def grouped_linear_dx(dy_TO: Tensor, weight: MXFP4Weight, ends_E: Sequence[int])
     E, O, I = _check_shapes(dy_TO, weight, ends_E, inputs=False)
     dy_TO = dy_TO.contiguous()
     dx_TI = dy_TO.new_empty(dy_TO.shape[0], I)
-    status = _library().gptoss_ft_grouped_linear_dx(
-        *_common(dy_TO.dtype),
+    # isa, threads, dtype, dy, blocks, scales, ends, E, O, I, dx
+    types = (INT, INT, INT, POINTER, POINTER, POINTER, POINTER, LONG, LONG, LONG, POINTER)
+    status = function("gptoss_ft_grouped_linear_dx", *types)(
+        *common(dy_TO.dtype),
         dy_TO.data_ptr(),
         weight.blocks_EOGB.data_ptr(),
         weight.scales_EOG.data_ptr(),
-        (_LONG * E)(*ends_E),
+        (LONG * E)(*ends_E),
         *(E, O, I),
         dx_TI.data_ptr(),
     )
-    _check(status)
+    check(status)
     return dx_TI
 
 
@@ -129,17 +129,11 @@ def register_peak(isa: str, iterations: int) -> int:
 
     0 for `portable`, which has no such loop.
     """
-    return _library().gptoss_ft_register_peak(ISAS.index(isa), iterations)
+    return function("gptoss_ft_register_peak", INT, LONG, result=LONG)(ISAS.index(isa), iterations)
 
 
-def _library() -> ctypes.CDLL:
-    loaded = library()
-    if loaded is None:
-        raise RuntimeError(f"{LIBRARY_NAME} was not built: reinstall gptoss-ft where g++ or clang is found")
-    return loaded
-
-
-def _common(dtype: torch.dtype) -> tuple[int, int, int]:
+def common(dtype: torch.dtype) -> tuple[int, int, int]:
+    """What every kernel takes first: the instruction set, the number of threads and the dtype."""
     return ISAS.index(selected_isa()), torch.get_num_threads(), DTYPES[dtype]
 
 
@@ -157,6 +151,7 @@ def _check_shapes(rows: Tensor, weight: MXFP4Weight, ends_E: Sequence[int], *, i
     return E, O, I
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
+    """Raise MemoryError if a kernel reports that it got no scratch space."""
     if status != 0:
         raise MemoryError("no memory for the scratch space of a CPU kernel")
