@@ -58,6 +58,21 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
     return reference.dequantize_mxfp4(blocks, scales, dtype)
 
 
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear`."""
+    return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
+
+
+def linear_dx(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
+    """The gradient of `linear` with respect to its input."""
+    return dy_TO @ weight_OI
+
+
+def cross_entropy(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.cross_entropy`; the logits may be overwritten."""
+    return reference.cross_entropy(logits_TV, targets_T, weights_T)
+
+
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """The implementation for contiguous tensors of `dtype` on `device`."""
     if device.type != "cpu":

@@ -108,50 +108,17 @@ def clamped_swiglu(gate_up: Tensor, *, alpha: float = 1.702, limit: float = 7.0)
     return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_TI, head_VI, targets_T, chunk_size):  # type: ignore[no-untyped-def]
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        accurate = torch.promote_types(hidden_TI.dtype, torch.float32)
-        loss = torch.zeros((), dtype=accurate, device=hidden_TI.device)
-        d_hidden = torch.empty_like(hidden_TI) if wants_hidden else None
-        d_head = torch.zeros_like(head_VI, dtype=accurate) if wants_head else None
-        for start in range(0, len(targets_T), chunk_size):
-            rows = slice(start, start + chunk_size)
-            h, target = hidden_TI[rows], targets_T[rows, None]
-            logits = (h @ head_VI.T).to(accurate)
-            log_norm = logits.logsumexp(-1, keepdim=True)
-            loss += (log_norm - logits.gather(1, target)).sum()
-            if not (wants_hidden or wants_head):
-                continue
-            d_logits = logits.sub_(log_norm).exp_()
-            d_logits.scatter_add_(1, target, -torch.ones_like(log_norm))
-            d_logits = d_logits.to(hidden_TI.dtype)
-            if d_hidden is not None:
-                d_hidden[rows] = d_logits @ head_VI
-            if d_head is not None:
-                d_head += d_logits.T @ h
-        ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(head_VI.dtype))
-        return loss
+def cross_entropy(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy in nats of each row, `[T]`, and the gradient of its weighted sum with respect to the logits.
 
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        d_hidden, d_head = ctx.saved_tensors
-        return (
-            None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
-            None if d_head is None else d_head * grad.to(d_head.dtype),
-            None,
-            None,
-        )
-
-
-def chunked_cross_entropy(hidden_TI: Tensor, head_VI: Tensor, targets_T: Tensor, chunk_size: int = 256) -> Tensor:
-    """Summed cross entropy in nats of `hidden @ head.T` against `targets`, a scalar in at least fp32.
-
-    Only `chunk_size` rows of logits exist at a time; gradients are computed on the way, so the backward pass costs
-    nothing more and the logits are never formed again.
+    Both are in at least fp32 until the gradient is cast to the dtype of the logits.
     """
-    return _ChunkedCrossEntropy.apply(hidden_TI, head_VI, targets_T, chunk_size)
+    logits = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    log_probabilities = logits.log_softmax(-1)
+    loss_T = -log_probabilities.gather(1, targets_T[:, None])[:, 0]
+    gradient_TV = log_probabilities.exp()
+    gradient_TV[torch.arange(len(targets_T), device=targets_T.device), targets_T] -= 1
+    return loss_T, (gradient_TV * weights_T[:, None]).to(logits_TV.dtype)
 
 
 def _row_ranges(ends_E: Sequence[int]) -> list[tuple[int, slice]]:

@@ -16,6 +16,7 @@ from gptoss_ft.errors import UserError
 from gptoss_ft.kernels.dispatch import dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.experts import PackedExperts
+from gptoss_ft.model.linear import use_frozen_linear
 
 PACKED = "mxfp4_packed"
 
@@ -102,6 +103,7 @@ def load_base(
         if progress_bar_was_on:
             logging.enable_progress_bar()
     model.requires_grad_(False)
+    use_frozen_linear(model)
     model.config.use_cache = False
     # What PEFT records as the base of an adapter.
     model.name_or_path = str(path)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gptoss_ft.kernels.reference import chunked_cross_entropy
+from gptoss_ft.kernels.loss import chunked_cross_entropy
 
 IGNORED = -100
 
@@ -21,7 +21,9 @@ def summed_loss(model: nn.Module, core: PreTrainedModel, batch: dict[str, Tensor
     hidden = last_hidden_state(model, core, inputs)[:, :-1]
     targets = batch["labels"][:, 1:]
     kept = targets != IGNORED
-    return chunked_cross_entropy(hidden[kept], core.get_output_embeddings().weight, targets[kept], chunk_size)
+    return chunked_cross_entropy(
+        hidden[kept], core.get_output_embeddings().weight, targets[kept], chunk_size=chunk_size
+    )
 
 
 def last_hidden_state(model: nn.Module, core: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

@@ -140,43 +140,15 @@ def test_scales_that_do_not_fit_the_blocks_are_refused():
         )
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 64])
-def test_chunked_cross_entropy_equals_torch(chunk_size, generator):
-    hidden = torch.randn(20, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    head = torch.randn(50, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(0, 50, (20,), generator=generator)
-    truth = F.cross_entropy(hidden @ head.T, targets, reduction="sum")
-    expected = torch.autograd.grad(3 * truth, (hidden, head))
-    loss = reference.chunked_cross_entropy(hidden, head, targets, chunk_size)
-    got = torch.autograd.grad(3 * loss, (hidden, head))
-    torch.testing.assert_close(loss, truth)
-    torch.testing.assert_close(got, expected)
-
-
-def test_chunked_cross_entropy_in_bf16_is_within_twice_the_error_of_plain_torch(generator):
-    hidden, head = torch.randn(64, 128, generator=generator), torch.randn(4096, 128, generator=generator) * 0.3
-    targets = torch.randint(0, 4096, (64,), generator=generator)
-
-    def loss_and_gradient(function, dtype):
-        h = hidden.to(dtype).requires_grad_()
-        loss = function(h, head.to(dtype))
-        return loss.double(), torch.autograd.grad(loss, h)[0].double()
-
-    def plain(h, w):
-        return F.cross_entropy((h @ w.T).to(torch.promote_types(h.dtype, torch.float32)), targets, reduction="sum")
-
-    def chunked(h, w):
-        return reference.chunked_cross_entropy(h, w, targets, 16)
-
-    exact = loss_and_gradient(plain, torch.float64)
-    budget = loss_and_gradient(plain, torch.bfloat16)
-    got = loss_and_gradient(chunked, torch.bfloat16)
-    for mine, theirs, truth in zip(got, budget, exact, strict=True):
-        assert (mine - truth).norm() <= 2 * (theirs - truth).norm()
-
-
-def test_chunked_cross_entropy_without_targets_is_zero():
-    hidden = torch.zeros(0, 8, requires_grad=True)
-    loss = reference.chunked_cross_entropy(hidden, torch.zeros(50, 8), torch.zeros(0, dtype=torch.long))
-    loss.backward()
-    assert float(loss.detach()) == 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cross_entropy_equals_torch(dtype, generator):
+    logits = torch.randn(20, 50, generator=generator, dtype=dtype, requires_grad=True)
+    targets, weights = (
+        torch.randint(0, 50, (20,), generator=generator),
+        torch.rand(20, generator=generator, dtype=dtype),
+    )
+    truth = F.cross_entropy(logits, targets, reduction="none")
+    (expected,) = torch.autograd.grad((truth * weights).sum(), logits)
+    losses, gradient = reference.cross_entropy(logits.detach(), targets, weights)
+    torch.testing.assert_close(losses, truth.detach())
+    torch.testing.assert_close(gradient, expected)
