@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor
 
-from gptoss_ft.kernels import cpu_library
+from gptoss_ft.kernels import cpu_gemm, cpu_library
 from gptoss_ft.kernels.reference import MXFP4Weight
 
 EXPERTS, HIDDEN = 8, 2880
@@ -98,12 +98,12 @@ def products(rows: int, weights: list[MXFP4Weight], dense: list[Tensor]) -> dict
 
     return {
         "fwd": {
-            "ours": lambda: [cpu_library.grouped_linear(x, w, None, ends) for x, w in zip(xs, weights, strict=True)],
+            "ours": lambda: [cpu_gemm.grouped_linear(x, w, None, ends) for x, w in zip(xs, weights, strict=True)],
             "torch": lambda: of_torch(xs, lambda i, e: dense[i][e].T),
             "dequantize + torch": lambda: of_torch(xs, lambda i, e: decode(i, e).T),
         },
         "dx": {
-            "ours": lambda: [cpu_library.grouped_linear_dx(dy, w, ends) for dy, w in zip(dys, weights, strict=True)],
+            "ours": lambda: [cpu_gemm.grouped_linear_dx(dy, w, ends) for dy, w in zip(dys, weights, strict=True)],
             "torch": lambda: of_torch(dys, lambda i, e: dense[i][e]),
             "dequantize + torch": lambda: of_torch(dys, decode),
         },

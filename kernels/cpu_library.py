@@ -1,12 +1,10 @@
 """The compiled CPU kernels (`cpu/`), called through ctypes on the memory of tensors.
 
-The library is built when the package is installed; nothing is compiled here. T rows · I input features · O output
-features · E experts · G blocks of 32 inputs (I = 32·G) · B bytes per block (16)
+The library is built when the package is installed; nothing is compiled here. Products are in `cpu_gemm`.
 """
 
 import ctypes
 import os
-from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
+from gptoss_ft.kernels.reference import BLOCK_SIZE
 
 LIBRARY_NAME = "libgptoss_ft_cpu.so"
 ISA_VARIABLE = "GPTOSS_FT_CPU_ISA"
@@ -75,55 +73,6 @@ def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return out.flatten(-2)
 
 
-def grouped_linear(x_TI: Tensor, weight: MXFP4Weight, bias_EO: Tensor | None, ends_E: Sequence[int]) -> Tensor:
-    """`reference.grouped_linear` for fp32 or bf16 rows, summed in fp32 in an order that no number of threads changes.
-
-    Raises:
-        ValueError: if shapes or `ends_E` do not fit together.
-    """
-    E, O, I = _check_shapes(x_TI, weight, ends_E, inputs=True)
-    if bias_EO is not None and bias_EO.shape != (E, O):
-        raise ValueError(f"bias {tuple(bias_EO.shape)} must be {(E, O)}")
-    x_TI = x_TI.contiguous()
-    bias = None if bias_EO is None else (bias_EO if bias_EO.dtype in DTYPES else bias_EO.float()).contiguous()
-    y_TO = x_TI.new_empty(x_TI.shape[0], O)
-    # isa, threads, dtype, x, blocks, scales, bias, its dtype, ends, E, O, I, y
-    types = (INT, INT, INT, POINTER, POINTER, POINTER, POINTER, INT, POINTER, LONG, LONG, LONG, POINTER)
-    status = function("gptoss_ft_grouped_linear", *types)(
-        *common(x_TI.dtype),
-        x_TI.data_ptr(),
-        weight.blocks_EOGB.data_ptr(),
-        weight.scales_EOG.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        0 if bias is None else DTYPES[bias.dtype],
-        (LONG * E)(*ends_E),
-        *(E, O, I),
-        y_TO.data_ptr(),
-    )
-    check(status)
-    return y_TO
-
-
-def grouped_linear_dx(dy_TO: Tensor, weight: MXFP4Weight, ends_E: Sequence[int]) -> Tensor:
-    """`reference.grouped_linear_dx` for fp32 or bf16 rows, under the same promise and checks as `grouped_linear`."""
-    E, O, I = _check_shapes(dy_TO, weight, ends_E, inputs=False)
-    dy_TO = dy_TO.contiguous()
-    dx_TI = dy_TO.new_empty(dy_TO.shape[0], I)
-    # isa, threads, dtype, dy, blocks, scales, ends, E, O, I, dx
-    types = (INT, INT, INT, POINTER, POINTER, POINTER, POINTER, LONG, LONG, LONG, POINTER)
-    status = function("gptoss_ft_grouped_linear_dx", *types)(
-        *common(dy_TO.dtype),
-        dy_TO.data_ptr(),
-        weight.blocks_EOGB.data_ptr(),
-        weight.scales_EOG.data_ptr(),
-        (LONG * E)(*ends_E),
-        *(E, O, I),
-        dx_TI.data_ptr(),
-    )
-    check(status)
-    return dx_TI
-
-
 def register_peak(isa: str, iterations: int) -> int:
     """Run arithmetic that stays in registers on this thread and return the floating-point operations done.
 
@@ -135,20 +84,6 @@ def register_peak(isa: str, iterations: int) -> int:
 def common(dtype: torch.dtype) -> tuple[int, int, int]:
     """What every kernel takes first: the instruction set, the number of threads and the dtype."""
     return ISAS.index(selected_isa()), torch.get_num_threads(), DTYPES[dtype]
-
-
-def _check_shapes(rows: Tensor, weight: MXFP4Weight, ends_E: Sequence[int], *, inputs: bool) -> tuple[int, int, int]:
-    """(E, O, I), after everything the library would otherwise read or write out of bounds for."""
-    E, O, G, B = weight.blocks_EOGB.shape
-    I = G * BLOCK_SIZE
-    if weight.scales_EOG.shape != (E, O, G) or B != BLOCK_SIZE // 2:
-        blocks, scales = tuple(weight.blocks_EOGB.shape), tuple(weight.scales_EOG.shape)
-        raise ValueError(f"blocks {blocks} and scales {scales} are not [E, O, G, 16] and [E, O, G]")
-    if rows.ndim != 2 or rows.shape[1] != (I if inputs else O):
-        raise ValueError(f"rows {tuple(rows.shape)} must be [T, {I if inputs else O}]")
-    if len(ends_E) != E or list(ends_E) != sorted(ends_E) or min(ends_E) < 0 or max(ends_E) != rows.shape[0]:
-        raise ValueError(f"ends_E must be {E} numbers that rise to {rows.shape[0]}, not {list(ends_E)}")
-    return E, O, I
 
 
 def check(status: int) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptoss_ft.kernels import cpu_library, reference
+from gptoss_ft.kernels import cpu_gemm, cpu_library, reference
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 
 OPERATIONS = ("dequantize_mxfp4", "grouped_linear", "grouped_linear_dx")
@@ -39,14 +39,14 @@ def grouped_linear(x_TI: Tensor, weight: MXFP4Weight, bias_EO: Tensor | None, en
     """`reference.grouped_linear` in the fastest implementation that can compute it."""
     operands = (x_TI, *weight) if bias_EO is None else (x_TI, *weight, bias_EO)
     if _runs_in_library(x_TI.dtype, weight, operands):
-        return cpu_library.grouped_linear(x_TI, weight, bias_EO, ends_E)
+        return cpu_gemm.grouped_linear(x_TI, weight, bias_EO, ends_E)
     return reference.grouped_linear(x_TI, weight, bias_EO, ends_E)
 
 
 def grouped_linear_dx(dy_TO: Tensor, weight: MXFP4Weight, ends_E: Sequence[int]) -> Tensor:
     """`reference.grouped_linear_dx` in the fastest implementation that can compute it."""
     if _runs_in_library(dy_TO.dtype, weight, (dy_TO, *weight)):
-        return cpu_library.grouped_linear_dx(dy_TO, weight, ends_E)
+        return cpu_gemm.grouped_linear_dx(dy_TO, weight, ends_E)
     return reference.grouped_linear_dx(dy_TO, weight, ends_E)
 
 

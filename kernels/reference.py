@@ -74,6 +74,34 @@ def grouped_linear_dx(dy_TO: Tensor, weight: MXFP4Weight, ends_E: Sequence[int])
     return dx_TI
 
 
+def grouped_dense(x_TI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None, ends_E: Sequence[int]) -> Tensor:
+    """`y[t] = x[t] @ W[e(t)].T + b[e(t)]` in the wider dtype of `x` and `W`, returned in that of `x`: `[T, O]`."""
+    y_TO = x_TI.new_empty(x_TI.shape[0], w_EOI.shape[1])
+    for expert, rows in _row_ranges(ends_E):
+        y_TO[rows] = linear(x_TI[rows], w_EOI[expert], None if bias_EO is None else bias_EO[expert])
+    return y_TO
+
+
+def grouped_dense_dx(dy_TO: Tensor, w_EOI: Tensor, ends_E: Sequence[int]) -> Tensor:
+    """The gradient of `grouped_dense` with respect to its input, `dy[t] @ W[e(t)]`: `[T, I]`."""
+    dx_TI = dy_TO.new_empty(dy_TO.shape[0], w_EOI.shape[2])
+    for expert, rows in _row_ranges(ends_E):
+        dx_TI[rows] = linear_dx(dy_TO[rows], w_EOI[expert])
+    return dx_TI
+
+
+def linear(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """`grouped_dense` with one weight: `[T, O]`."""
+    wide = torch.promote_types(x_TI.dtype, w_OI.dtype)
+    return F.linear(x_TI.to(wide), w_OI.to(wide), None if bias_O is None else bias_O.to(wide)).to(x_TI.dtype)
+
+
+def linear_dx(dy_TO: Tensor, w_OI: Tensor) -> Tensor:
+    """`grouped_dense_dx` with one weight: `[T, I]`."""
+    wide = torch.promote_types(dy_TO.dtype, w_OI.dtype)
+    return (dy_TO.to(wide) @ w_OI.to(wide)).to(dy_TO.dtype)
+
+
 def grouped_lora(
     x_TI: Tensor,
     A_ERI: Tensor,

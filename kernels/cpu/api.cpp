@@ -11,13 +11,13 @@ namespace {
 
 enum Status : int { kOk = 0, kNoMemory = 1 };
 
-const Kernels& kernels_for(Isa isa, DType dtype) {
+const Kernels& kernels_for(Isa isa, DType activations, DType weights) {
 #ifdef GPTOSS_FT_X86
-    if (isa == kAvx512Bf16) return avx512_kernels(dtype);
-    if (isa == kAvx2) return avx2_kernels(dtype);
+    if (isa == kAvx512Bf16) return avx512_kernels(activations, weights);
+    if (isa == kAvx2) return avx2_kernels(activations, weights);
 #endif
     (void)isa;
-    return portable_kernels(dtype);
+    return portable_kernels(activations, weights);
 }
 
 template <class Body>
@@ -53,32 +53,33 @@ EXPORT int gptoss_ft_best_isa() {
 EXPORT int gptoss_ft_decode(int isa, int threads, int dtype, const uint8_t* blocks, const uint8_t* scales,
                             int64_t num_blocks, void* out) {
     return status_of([&] {
-        const Kernels& kernels = kernels_for(Isa(isa), DType(dtype));
+        const Kernels& kernels = kernels_for(Isa(isa), DType(dtype), kMXFP4);
         constexpr int64_t run = 4096;
         for_each_item(threads, (num_blocks + run - 1) / run, 1, [&] {
             return [&](int64_t item) {
                 const int64_t first = item * run, count = num_blocks - first < run ? num_blocks - first : run;
                 kernels.decode(blocks + first * kBlockBytes, scales + first, count,
-                               static_cast<uint8_t*>(out) + first * kBlock * size_of(DType(dtype)));
+                               static_cast<uint8_t*>(out) + bytes_of(DType(dtype), first * kBlock));
             };
         });
     });
 }
 
-EXPORT int gptoss_ft_grouped_linear(int isa, int threads, int dtype, const void* x, const uint8_t* blocks,
-                                    const uint8_t* scales, const void* bias, int bias_dtype, const int64_t* ends,
-                                    int64_t num_experts, int64_t out, int64_t in, void* y) {
+EXPORT int gptoss_ft_grouped_linear(int isa, int threads, int dtype, const void* x, int weight_dtype,
+                                    const uint8_t* weights, const uint8_t* scales, const void* bias, int bias_dtype,
+                                    const int64_t* ends, int64_t num_experts, int64_t out, int64_t in, void* y) {
     return status_of([&] {
-        grouped_linear(kernels_for(Isa(isa), DType(dtype)), threads, {blocks, scales, ends, num_experts, out, in},
-                       DType(dtype), x, bias, DType(bias_dtype), y);
+        const Experts experts{DType(weight_dtype), weights, scales, ends, num_experts, out, in};
+        grouped_linear(kernels_for(Isa(isa), DType(dtype), experts.type), threads, experts, DType(dtype), x, bias,
+                       DType(bias_dtype), y);
     });
 }
 
-EXPORT int gptoss_ft_grouped_linear_dx(int isa, int threads, int dtype, const void* dy, const uint8_t* blocks,
-                                       const uint8_t* scales, const int64_t* ends, int64_t num_experts, int64_t out,
-                                       int64_t in, void* dx) {
+EXPORT int gptoss_ft_grouped_linear_dx(int isa, int threads, int dtype, const void* dy, int weight_dtype,
+                                       const uint8_t* weights, const uint8_t* scales, const int64_t* ends,
+                                       int64_t num_experts, int64_t out, int64_t in, void* dx) {
     return status_of([&] {
-        grouped_linear_dx(kernels_for(Isa(isa), DType(dtype)), threads, {blocks, scales, ends, num_experts, out, in},
-                          DType(dtype), dy, dx);
+        const Experts experts{DType(weight_dtype), weights, scales, ends, num_experts, out, in};
+        grouped_linear_dx(kernels_for(Isa(isa), DType(dtype), experts.type), threads, experts, DType(dtype), dy, dx);
     });
 }

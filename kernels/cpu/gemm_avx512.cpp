@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <iterator>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -17,21 +18,20 @@ namespace {
 
 namespace f32 {
 #include "gemm_f32.h"
-
-TARGET inline vec decode_codes(const uint8_t* codes) {
-    const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    return _mm512_permutexvar_ps(code, _mm512_loadu_ps(kE2M1));
-}
+#include "pack_avx2.h"
 }  // namespace f32
 
 #include "gemm_bf16.h"
 
 }  // namespace
 
-const Kernels& avx512_kernels(DType dtype) {
-    static const Kernels float32 = f32::f32_kernels<float>(), exact = f32::f32_kernels<uint16_t>();
-    static const Kernels bfloat16 = bf16::kernels(exact);
-    return dtype == kBFloat16 ? bfloat16 : float32;
+const Kernels& avx512_kernels(DType activations, DType weights) {
+    const Kernels& float32 = f32::kernels_for(activations, weights);
+    // fp32 weights would lose bits in bf16 products.
+    if (activations == kFloat32 || weights == kFloat32) return float32;
+    static const Kernels packed = bf16::packed_kernels(f32::kernels_for(kBFloat16, kMXFP4));
+    static const Kernels dense = bf16::dense_kernels(f32::kernels_for(kBFloat16, kBFloat16));
+    return weights == kMXFP4 ? packed : dense;
 }
 
 }  // namespace gptoss_ft

@@ -1,4 +1,5 @@
-// bf16 products by VDPBF16PS over weights decoded in registers. Included by gemm_avx512.cpp, which defines TARGET.
+// bf16 products by VDPBF16PS over weights decoded in registers, or dense. Included by gemm_avx512.cpp, which defines
+// TARGET.
 //
 // A panel holds 32 columns as [depth / 2][32][2] bf16: two vectors for each pair of depths. 32 weights become bf16 in
 // three or four instructions: spread the 4-bit codes into 16-bit words (multishift, or permute and shift), look the
@@ -21,6 +22,7 @@ struct alignas(64) Tables {
     uint16_t scaled[256][32];   // e2m1 times each scale
     uint8_t spread[4][64];      // bit offsets: byte i of each of the two dwords of a quadword, as two words
     uint8_t pair[4][64];        // byte offsets: 16 columns of two rows, [block][half]
+    uint16_t interleave[2][32];  // of two rows of 32 columns, the first and the last 16
     Tables() {
         for (int i = 0; i < 32; ++i) {
             const float value = kE2M1[i & 15];
@@ -30,6 +32,7 @@ struct alignas(64) Tables {
         for (int byte = 0; byte < 4; ++byte)
             for (int i = 0; i < 64; ++i)
                 spread[byte][i] = static_cast<uint8_t>((i % 8 / 4) * 32 + byte * 8 + (i % 4 / 2) * 4);
+        for (int i = 0; i < 64; ++i) interleave[i / 32][i % 32] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
         for (int which = 0; which < 4; ++which)
             for (int word = 0; word < 32; ++word) {
                 const int column = which % 2 * 16 + word / 2, row = word % 2;
@@ -68,24 +71,57 @@ TARGET static inline void load_16_rows(const uint8_t* from, int64_t stride, __mm
     out[3] = _mm512_unpackhi_epi64(c, d);
 }
 
-// Activations as [depth / 2][16 rows] pairs: one cache line of broadcasts for each pair of depths, and one stream for
-// the prefetcher where the rows themselves would be 14.
-TARGET void pack_tile(const void* x, int64_t stride, int64_t rows, int64_t depth, void* tile) {
-    const auto* from = static_cast<const uint8_t*>(x);
-    auto* out = static_cast<uint8_t*>(tile);
-    for (int64_t k = 0; k < depth; k += 8, out += 4 * kTilePad * 4) {
+// At most 16 rows of bf16 as [padded depth / 2][16 rows] pairs, each 16 at a multiple of `step` bytes; zeros beyond.
+TARGET static void pack_pairs(const uint8_t* from, int64_t stride, int64_t rows, int64_t depth, uint8_t* out,
+                              int64_t step) {
+    for (int64_t k = 0; k < depth; k += 8, out += 4 * step) {
+        const int64_t bytes = 2 * std::min<int64_t>(depth - k, 8);
         __m512i pairs[4];
-        if (rows == kTilePad) {
-            load_16_rows(from + 2 * k, 2 * stride, 0xffff, pairs);
+        if (rows == 16) {
+            load_16_rows(from + 2 * k, 2 * stride, static_cast<__mmask16>((1u << bytes) - 1), pairs);
         } else {
-            alignas(64) uint8_t padded[kTilePad][16];
-            for (int64_t i = 0; i < rows; ++i) std::memcpy(padded[i], from + 2 * (i * stride + k), 16);
-            for (int64_t i = rows; i < kTilePad; ++i) std::memset(padded[i], 0, 16);
+            alignas(64) uint8_t padded[16][16] = {};
+            for (int64_t i = 0; i < rows; ++i) std::memcpy(padded[i], from + 2 * (i * stride + k), bytes);
             load_16_rows(padded[0], 16, 0xffff, pairs);
         }
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) _mm512_storeu_si512(out + 64 * i, pairs[i]);
+        for (int i = 0; i < 4; ++i) _mm512_storeu_si512(out + i * step, pairs[i]);
     }
+}
+
+// Activations as [depth / 2][16 rows] pairs: one cache line of broadcasts for each pair of depths, and one stream for
+// the prefetcher where the rows themselves would be 14.
+TARGET void pack_tile(const void* x, int64_t stride, int64_t rows, int64_t depth, void* tile) {
+    pack_pairs(static_cast<const uint8_t*>(x), stride, rows, depth, static_cast<uint8_t*>(tile), kTilePad * 4);
+}
+
+TARGET bool pack_forward_dense(const Weight& w, int64_t row, int64_t input, int64_t depth, void* panel) {
+    for (int64_t half = 0; half < kColumns; half += 16) {
+        const int64_t rows = std::clamp<int64_t>(w.rows - row - half, 0, 16);
+        pack_pairs(w.at(row + half, input), w.inputs, rows, depth, static_cast<uint8_t*>(panel) + half * 4,
+                   kColumns * 4);
+    }
+    return true;
+}
+
+TARGET bool pack_dx_dense(const Weight& w, int64_t row, int64_t depth, int64_t input, int64_t width, void* panels) {
+    const Tables& t = tables();
+    const __m512i low = _mm512_load_si512(t.interleave[0]), high = _mm512_load_si512(t.interleave[1]);
+    const int64_t stride = w.row_bytes();
+    for (int64_t n = 0; n < padded_depth(depth); n += 2) {
+        const uint8_t* from = w.at(row + n, input);
+        prefetch(from + depth * stride, 2 * width + 1);
+        prefetch(from + (depth + 1) * stride, 2 * width + 1);
+        for (int64_t column = 0; column < width; column += kColumns) {
+            const auto readable = static_cast<__mmask32>((1ull << std::min<int64_t>(width - column, 32)) - 1);
+            const __m512i a = _mm512_maskz_loadu_epi16(n < depth ? readable : 0, from + 2 * column);
+            const __m512i b = _mm512_maskz_loadu_epi16(n + 1 < depth ? readable : 0, from + 2 * column + stride);
+            uint16_t* out = static_cast<uint16_t*>(panels) + column * padded_depth(depth) + n * kColumns;
+            _mm512_store_si512(out, _mm512_permutex2var_epi16(a, low, b));
+            _mm512_store_si512(out + 32, _mm512_permutex2var_epi16(a, high, b));
+        }
+    }
+    return true;
 }
 
 // What to subtract from a table value's bits for the scale byte in each lane. A scale out of range sets `worst` above
@@ -101,19 +137,18 @@ TARGET bool pack_forward(const Weight& w, int64_t row, int64_t input, int64_t de
     const __m512i values = _mm512_load_si512(t.values);
     const __m512i spread[4] = {_mm512_load_si512(t.spread[0]), _mm512_load_si512(t.spread[1]),
                                _mm512_load_si512(t.spread[2]), _mm512_load_si512(t.spread[3])};
-    const int64_t stride = w.row_blocks * kBlockBytes, num_blocks = depth / kBlock, first = input / kBlock;
+    const int64_t stride = w.row_bytes(), num_blocks = depth / kBlock, first = input / kBlock;
     static_assert(kDepth / kBlock <= 16, "one load has the scales of all blocks of a row");
     __m512i worst = _mm512_setzero_si512();
     for (int half = 0; half < 2; ++half) {
         const int64_t top = row + half * 16;
         __m512i scales[4];
-        load_16_rows(w.scale(top, first), w.row_blocks, static_cast<__mmask16>((1u << num_blocks) - 1), scales);
+        load_16_rows(w.scale(top, first), w.row_blocks(), static_cast<__mmask16>((1u << num_blocks) - 1), scales);
         alignas(64) uint32_t scale_words[4][16];
         for (int i = 0; i < 4; ++i) _mm512_store_si512(scale_words[i], scales[i]);
         for (int64_t b = 0; b < num_blocks; ++b) {
-            const uint8_t* from = w.block(top, first + b);
             __m512i codes[4];
-            load_16_rows(from, stride, 0xffff, codes);
+            load_16_rows(w.at(top, input + b * kBlock), stride, 0xffff, codes);
             const __m128i bits = _mm_cvtsi32_si128(static_cast<int>(b % 4 * 8));
             const __m512i shifted = _mm512_srl_epi32(_mm512_load_si512(scale_words[b / 4]), bits);
             __m512i drop = exponent_drop(_mm512_and_si512(shifted, _mm512_set1_epi32(255)), worst);
@@ -138,18 +173,18 @@ TARGET bool pack_dx(const Weight& w, int64_t row, int64_t depth, int64_t input, 
     const __m512i pair[4] = {_mm512_load_si512(t.pair[0]), _mm512_load_si512(t.pair[1]), _mm512_load_si512(t.pair[2]),
                              _mm512_load_si512(t.pair[3])};
     const __m512i odd_columns = _mm512_set1_epi64(0x0004000400000000);
-    const int64_t stride = w.row_blocks * kBlockBytes, num_blocks = width / kBlock;
+    const int64_t stride = w.row_bytes(), num_blocks = width / kBlock;
     const auto scale_mask = static_cast<__mmask16>((1u << num_blocks) - 1);
     __m256i worst = _mm256_setzero_si256();
     for (int64_t n = 0; n < depth; n += 2) {
-        const uint8_t* from = w.block(row + n, input / kBlock);
+        const uint8_t* from = w.at(row + n, input);
         const uint8_t* scale = w.scale(row + n, input / kBlock);
         // Two cache lines of each of many rows: those of the next call, to arrive while these are multiplied.
         prefetch(from + depth * stride, 65);
         prefetch(from + (depth + 1) * stride, 65);
-        prefetch(scale + depth * w.row_blocks, 1);
+        prefetch(scale + depth * w.row_blocks(), 1);
         const __m128i both = _mm_unpacklo_epi8(_mm_maskz_loadu_epi8(scale_mask, scale),
-                                               _mm_maskz_loadu_epi8(scale_mask, scale + w.row_blocks));
+                                               _mm_maskz_loadu_epi8(scale_mask, scale + w.row_blocks()));
         const __m256i drop = _mm256_sub_epi16(_mm256_set1_epi16(kScaleMax), _mm256_cvtepu8_epi16(both));
         worst = _mm256_max_epu16(worst, _mm256_maskz_mov_epi32(static_cast<__mmask8>(scale_mask), drop));
         alignas(32) uint32_t drops[kDxBlocks];
@@ -165,7 +200,7 @@ TARGET bool pack_dx(const Weight& w, int64_t row, int64_t depth, int64_t input, 
                 __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi8(pair[i], codes), odd_columns);
                 const __m512i value = _mm512_subs_epu16(_mm512_permutexvar_epi16(index, values),
                                                         _mm512_set1_epi32(static_cast<int>(drops[b + i / 2])));
-                uint16_t* panel = static_cast<uint16_t*>(panels) + (b + i / 2) * depth * kColumns;
+                uint16_t* panel = static_cast<uint16_t*>(panels) + (b + i / 2) * padded_depth(depth) * kColumns;
                 _mm512_store_si512(panel + n * kColumns + i % 2 * 32, value);
             }
         }
@@ -181,7 +216,7 @@ TARGET static void multiply_rows(const uint8_t* tile, const uint16_t* panel, int
     __m512 sum[PARTS][ROWS][2];
 #pragma GCC unroll 28
     for (int i = 0; i < ROWS * PARTS * 2; ++i) sum[i / 2 / ROWS][i / 2 % ROWS][i % 2] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < depth / 2; k += PARTS)
+    for (int64_t k = 0; k < padded_depth(depth) / 2; k += PARTS)
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; ++part) {
             const auto b0 = (__m512bh)_mm512_load_si512(panel + (k + part) * 2 * kColumns);
@@ -226,11 +261,11 @@ TARGET static void dot_rows(const uint16_t* x, int64_t stride, const Weight& w, 
     __m512 sum[4][ROWS];
 #pragma GCC unroll 16
     for (int i = 0; i < 4 * ROWS; ++i) sum[i / ROWS][i % ROWS] = _mm512_setzero_ps();
-    for (int64_t b = 0; b < w.row_blocks; ++b) {
+    for (int64_t b = 0; b < w.row_blocks(); ++b) {
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) {
-            if (b % 4 == 0) prefetch(w.block(row + n + 4, b), 1);
-            const __m512i bytes = _mm512_cvtepu8_epi32(load128(w.block(row + n, b)));
+            if (b % 4 == 0) prefetch(w.at(row + n + 4, b * kBlock), 1);
+            const __m512i bytes = _mm512_cvtepu8_epi32(load128(w.at(row + n, b * kBlock)));
             const __m512i index = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
             const __m512i table = _mm512_load_si512(t.scaled[*w.scale(row + n, b)]);
             const auto weights = (__m512bh)_mm512_permutexvar_epi16(index, table);
@@ -250,7 +285,7 @@ TARGET static void dot_rows(const uint16_t* x, int64_t stride, const Weight& w, 
 TARGET bool forward_few(const void* x, int64_t stride, int64_t rows, const Weight& w, int64_t row, float* c) {
     const uint8_t* scales = w.scale(row, 0);
     uint8_t lowest = kScaleMin, highest = kScaleMax;
-    for (int64_t i = 0; i < kColumns * w.row_blocks; ++i) {
+    for (int64_t i = 0; i < kColumns * w.row_blocks(); ++i) {
         lowest = std::min(lowest, scales[i]);
         highest = std::max(highest, scales[i]);
     }
@@ -271,9 +306,15 @@ TARGET void decode(const uint8_t* blocks, const uint8_t* scales, int64_t num_blo
     }
 }
 
-inline Kernels kernels(const Kernels& exact) {
+inline Kernels packed_kernels(const Kernels& exact) {
     return {kColumns, kTileRows, kTilePad * sizeof(uint16_t), kColumns * sizeof(uint16_t), pack_tile, pack_forward,
             pack_dx,  multiply<>, exact.store,                forward_few,                 &exact,    decode};
+}
+
+inline Kernels dense_kernels(const Kernels& float32) {
+    return {kColumns,           kTileRows,     kTilePad * sizeof(uint16_t), kColumns * sizeof(uint16_t), pack_tile,
+            pack_forward_dense, pack_dx_dense, multiply<>,                  float32.store,               nullptr,
+            nullptr,            decode};
 }
 
 }  // namespace bf16

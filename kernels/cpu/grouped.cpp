@@ -17,8 +17,6 @@ constexpr int64_t kRowBlock = 512;
 // weights, because memory is then read in smaller pieces.
 constexpr int64_t kDxWidth = 8 * kBlock;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 class Buffer {
 public:
     explicit Buffer(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 64) / 64 * 64)) {
@@ -49,14 +47,14 @@ class PackedRows {
 public:
     PackedRows(const Kernels& kernels, int threads, const Experts& experts, DType dtype, const void* x, int64_t depth,
                int64_t unpacked_rows)
-        : kernels_(kernels), x_(static_cast<const uint8_t*>(x)), element_(size_of(dtype)), depth_(depth) {
+        : kernels_(kernels), x_(static_cast<const uint8_t*>(x)), dtype_(dtype), depth_(depth) {
         size_t bytes = 0;
         for (int64_t e = 0, start = 0; e < experts.num_experts; start = experts.ends[e++]) {
             const int64_t rows = experts.ends[e] - start, parts = ceil_div(rows, kRowBlock);
             for (int64_t part = 0; part < parts; ++part) {
                 const int64_t first = part * rows / parts, count = (part + 1) * rows / parts - first;
                 blocks_.push_back({e, start + first, count, ceil_div(count, kernels.tile_rows), bytes});
-                if (count > unpacked_rows) bytes += blocks_.back().num_tiles * depth * kernels.tile_bytes;
+                if (count > unpacked_rows) bytes += blocks_.back().num_tiles * padded_depth(depth) * kernels.tile_bytes;
             }
         }
         data_ = std::make_unique<Buffer>(bytes);
@@ -76,17 +74,17 @@ public:
     int64_t slice_depth(int64_t from) const { return std::min(kDepth, depth_ - from); }
 
     const uint8_t* row(const RowBlock& block, int64_t tile, int64_t from) const {
-        return x_ + ((block.first_row + block.tile_start(tile)) * depth_ + from) * element_;
+        return x_ + bytes_of(dtype_, (block.first_row + block.tile_start(tile)) * depth_ + from);
     }
     uint8_t* packed(const RowBlock& block, int64_t tile, int64_t from) const {
-        const size_t units = from * block.num_tiles + tile * slice_depth(from);
+        const size_t units = from * block.num_tiles + tile * padded_depth(slice_depth(from));
         return data_->at(block.packed + units * kernels_.tile_bytes);
     }
 
 private:
     const Kernels& kernels_;
     const uint8_t* x_;
-    size_t element_;
+    DType dtype_;
     int64_t depth_;
     std::vector<RowBlock> blocks_;
     std::unique_ptr<Buffer> data_;
@@ -112,7 +110,7 @@ public:
                 kernels = kernels_.exact;
                 decode(*kernels, from, slice, panels_.at());
             }
-            for (int64_t panel = 0; panel < width / kernels->columns; ++panel)
+            for (int64_t panel = 0; panel < ceil_div(width, kernels->columns); ++panel)
                 for (int64_t tile = 0; tile < block.num_tiles; ++tile) {
                     const int64_t rows = block.tile_rows(tile);
                     const uint8_t* packed = x_.packed(block, tile, from);
@@ -120,7 +118,7 @@ public:
                         kernels->pack_tile(x_.row(block, tile, from), depth, rows, slice, tile_.at());
                         packed = tile_.at();
                     }
-                    kernels->multiply(rows, packed, panels_.at(panel * slice * kernels->panel_bytes), slice,
+                    kernels->multiply(rows, packed, panels_.at(panel * padded_depth(slice) * kernels->panel_bytes), slice,
                                       sums(block, panel) + block.tile_start(tile) * kernels->columns, from > 0);
                 }
         }
@@ -133,10 +131,11 @@ public:
     // Round the sums to columns [column, column + width) of `y`, which has `stride` columns.
     void store(const RowBlock& block, const float* bias, int64_t column, int64_t width, DType dtype, void* y,
                int64_t stride) const {
-        for (int64_t panel = 0; panel < width / kernels_.columns; ++panel) {
-            const int64_t first = panel * kernels_.columns;
-            void* out = static_cast<uint8_t*>(y) + (block.first_row * stride + column + first) * size_of(dtype);
-            kernels_.store(sums(block, panel), block.rows, bias ? bias + first : nullptr, out, stride);
+        for (int64_t first = 0; first < width; first += kernels_.columns) {
+            const int64_t count = std::min<int64_t>(kernels_.columns, width - first);
+            void* out = static_cast<uint8_t*>(y) + bytes_of(dtype, block.first_row * stride + column + first);
+            kernels_.store(sums(block, first / kernels_.columns), block.rows, count, bias ? bias + first : nullptr, out,
+                           stride);
         }
     }
 
@@ -147,12 +146,13 @@ private:
 };
 
 Weight weight_of(const Experts& experts, int64_t expert) {
-    const int64_t row_blocks = experts.in / kBlock, num_blocks = experts.out * row_blocks;
-    return {experts.blocks + expert * num_blocks * kBlockBytes, experts.scales + expert * num_blocks, row_blocks};
+    const int64_t size = experts.out * experts.in;
+    const uint8_t* scales = experts.scales ? experts.scales + expert * size / kBlock : nullptr;
+    return {experts.type, experts.data + bytes_of(experts.type, expert * size), scales, experts.out, experts.in};
 }
 
-void load_bias(const void* bias, DType dtype, int64_t first, float* out) {
-    for (int64_t i = 0; i < kBlock; ++i)
+void load_bias(const void* bias, DType dtype, int64_t first, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i)
         out[i] = dtype == kBFloat16 ? float_from_bf16(static_cast<const uint16_t*>(bias)[first + i])
                                     : static_cast<const float*>(bias)[first + i];
 }
@@ -163,32 +163,33 @@ void grouped_linear(const Kernels& kernels, int threads, const Experts& experts,
                     const void* bias, DType bias_dtype, void* y) {
     const int64_t few_rows = kernels.forward_few ? kFewRows : 0;
     const PackedRows rows(kernels, threads, experts, dtype, x, experts.in, few_rows);
-    const int64_t num_strips = experts.out / kBlock;
+    const int64_t num_strips = ceil_div(experts.out, kBlock);
     // Four neighbouring strips to a thread: each prefetches for the next.
     for_each_item(threads, static_cast<int64_t>(rows.blocks().size()) * num_strips, 4, [&] {
         return [&, strip = Strip(kernels, rows, kBlock)](int64_t item) mutable {
             const RowBlock& block = rows.blocks()[item / num_strips];
             const Weight weight = weight_of(experts, block.expert);
-            const int64_t column = item % num_strips * kBlock;
+            const int64_t column = item % num_strips * kBlock, width = std::min(kBlock, experts.out - column);
             const auto decode = [&](const Kernels& k, int64_t from, int64_t depth, uint8_t* panels) {
                 // Row blocks that forward_few refused are not packed for any kernels but the exact ones.
                 if (block.rows <= few_rows && &k == &kernels) return false;
                 // Weights are read in steps of 16 bytes through 32 rows, which no hardware prefetcher follows; the next
                 // strip, as it lies, it does. Waiting for them here cost 4 cycles for 32 weights.
-                prefetch(weight.block(column + kBlock, 0) + from * kBlock / 2, depth * kBlock / 2);
-                const size_t column_bytes = depth * k.panel_bytes / k.columns;
+                prefetch(weight.at(column + kBlock, 0) + bytes_of(weight.type, from * kBlock), bytes_of(weight.type, depth * kBlock));
+                const size_t panel_bytes = padded_depth(depth) * k.panel_bytes;
                 bool in_range = true;
-                for (int64_t n = 0; n < kBlock; n += k.columns)
-                    in_range &= k.pack_forward(weight, column + n, from, depth, panels + n * column_bytes);
+                for (int64_t n = 0; n < width; n += k.columns)
+                    in_range &= k.pack_forward(weight, column + n, from, depth, panels + n / k.columns * panel_bytes);
                 return in_range;
             };
-            const uint8_t* first = rows.row(block, 0, 0);
-            if (block.rows > few_rows ||
-                !kernels.forward_few(first, experts.in, block.rows, weight, column, strip.sums(block, 0)))
-                strip.multiply(block, experts.in, kBlock, decode);
+            bool done = block.rows <= few_rows;
+            for (int64_t n = 0; n < width && done; n += kernels.columns)
+                done = kernels.forward_few(rows.row(block, 0, 0), experts.in, block.rows, weight, column + n,
+                                           strip.sums(block, n / kernels.columns));
+            if (!done) strip.multiply(block, experts.in, width, decode);
             float bias_strip[kBlock];
-            if (bias) load_bias(bias, bias_dtype, block.expert * experts.out + column, bias_strip);
-            strip.store(block, bias ? bias_strip : nullptr, column, kBlock, dtype, y, experts.out);
+            if (bias) load_bias(bias, bias_dtype, block.expert * experts.out + column, width, bias_strip);
+            strip.store(block, bias ? bias_strip : nullptr, column, width, dtype, y, experts.out);
         };
     });
 }

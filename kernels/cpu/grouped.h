@@ -1,4 +1,4 @@
-// Grouped products of activations with packed experts.
+// Grouped products of activations with expert weights, packed or dense.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +9,12 @@ namespace gptoss_ft {
 
 // Rows [ends[e - 1], ends[e]) of the activations belong to expert e.
 struct Experts {
-    const uint8_t* blocks;  // [num_experts, out, in / 32, 16]
-    const uint8_t* scales;  // [num_experts, out, in / 32]
+    DType type;
+    const uint8_t* data;    // [num_experts, out, in]; for MXFP4 [num_experts, out, in / 32, 16]
+    const uint8_t* scales;  // MXFP4 only: [num_experts, out, in / 32]
     const int64_t* ends;    // [num_experts]
     int64_t num_experts;
-    int64_t out;            // both multiples of 32
+    int64_t out;            // for MXFP4 both multiples of 32, otherwise any size from 1
     int64_t in;
 };
 

@@ -1,14 +1,14 @@
 """Every path of the CPU library against the torch reference in fp64, and the choice between the two."""
 
 import logging
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from gptoss_ft.kernels import cpu_library, dispatch, reference
+from gptoss_ft.kernels import cpu_gemm, cpu_library, dispatch, reference
 from gptoss_ft.kernels.reference import MXFP4Weight
 
 built = pytest.mark.skipif(cpu_library.library() is None, reason="the CPU library was not built: no C++ compiler")
@@ -42,6 +42,13 @@ def random_weight(E: int, O: int, I: int, scales: tuple[int, int] = (115, 123)) 
     return MXFP4Weight(blocks, torch.randint(scales[0], scales[1] + 1, (E, O, I // 32), dtype=torch.uint8))
 
 
+def random_dense(E: int, O: int, I: int, dtype: torch.dtype) -> Tensor:
+    """Weights between NaNs, off the alignment of fresh tensors."""
+    padded = torch.full((E * O * I + 8,), torch.nan, dtype=dtype)
+    weight = padded[4:-4].view(E, O, I)
+    return weight.copy_(torch.randn(E, O, I))
+
+
 def assert_as_exact_as_torch(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
     if truth.numel() == 0:
         assert ours.shape == truth.shape
@@ -63,24 +70,57 @@ def test_products_err_at_most_twice_as_much_as_plain_torch(shape, rows, dtype):
     weight, bias = random_weight(E, O, I), torch.randn(E, O, dtype=dtype)
     x, dy = torch.randn(ends[-1], I, dtype=dtype), torch.randn(ends[-1], O, dtype=dtype)
     assert_as_exact_as_torch(
-        cpu_library.grouped_linear(x, weight, bias, ends),
+        cpu_gemm.grouped_linear(x, weight, bias, ends),
         reference.grouped_linear(x, weight, bias, ends),
         reference.grouped_linear(x.double(), weight, bias.double(), ends),
     )
     assert_as_exact_as_torch(
-        cpu_library.grouped_linear_dx(dy, weight, ends),
+        cpu_gemm.grouped_linear_dx(dy, weight, ends),
         reference.grouped_linear_dx(dy, weight, ends),
         reference.grouped_linear_dx(dy.double(), weight, ends),
     )
+
+
+# Weights narrower than a step of depth, tails of everything, and no tail at all.
+@built
+@pytest.mark.parametrize("dtypes", list(product((torch.bfloat16, torch.float32), repeat=2)), ids=str)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (13, 7), (100, 261), (263, 150), (288, 544)], ids=str)
+@pytest.mark.usefixtures("poisoned_memory", "isa")
+def test_dense_products_of_any_size_err_at_most_twice_as_much_as_plain_torch(shape, rows, dtypes):
+    torch.manual_seed(0)
+    (O, I), ends, E, (dtype, weight_dtype) = shape, list(accumulate(rows)), len(rows), dtypes
+    weight, bias = random_dense(E, O, I, weight_dtype), torch.randn(E, O, dtype=weight_dtype)
+    x, dy = torch.randn(ends[-1], I, dtype=dtype), torch.randn(ends[-1], O, dtype=dtype)
+    assert_as_exact_as_torch(
+        cpu_gemm.grouped_dense(x, weight, bias, ends),
+        reference.grouped_dense(x, weight, bias, ends),
+        reference.grouped_dense(x.double(), weight.double(), bias.double(), ends),
+    )
+    assert_as_exact_as_torch(
+        cpu_gemm.grouped_dense_dx(dy, weight, ends),
+        reference.grouped_dense_dx(dy, weight, ends),
+        reference.grouped_dense_dx(dy.double(), weight.double(), ends),
+    )
+
+
+@built
+@pytest.mark.usefixtures("isa")
+def test_one_dense_weight_is_a_stack_of_one():
+    weight, bias = random_dense(1, 100, 64, torch.bfloat16), torch.randn(1, 100)
+    x, dy = torch.randn(9, 64, dtype=torch.bfloat16), torch.randn(9, 100, dtype=torch.bfloat16)
+    assert torch.equal(cpu_gemm.linear(x, weight[0], bias[0]), cpu_gemm.grouped_dense(x, weight, bias, [9]))
+    assert torch.equal(cpu_gemm.linear(x, weight[0], None), cpu_gemm.grouped_dense(x, weight, None, [9]))
+    assert torch.equal(cpu_gemm.linear_dx(dy, weight[0]), cpu_gemm.grouped_dense_dx(dy, weight, [9]))
 
 
 @built
 @pytest.mark.usefixtures("isa")
 def test_bias_may_have_another_dtype_or_be_absent():
     weight, x = random_weight(2, 64, 32), torch.randn(5, 32, dtype=torch.bfloat16)
-    plain = cpu_library.grouped_linear(x, weight, None, [2, 5])
+    plain = cpu_gemm.grouped_linear(x, weight, None, [2, 5])
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        biased = cpu_library.grouped_linear(x, weight, torch.full((2, 64), 1024.0, dtype=dtype), [2, 5])
+        biased = cpu_gemm.grouped_linear(x, weight, torch.full((2, 64), 1024.0, dtype=dtype), [2, 5])
         torch.testing.assert_close(biased.float(), plain.float() + 1024, rtol=2**-8, atol=0)
 
 
@@ -112,8 +152,8 @@ def test_extreme_scales_neither_vanish_nor_stay_finite_by_mistake(scales, rows, 
     x, dy = (torch.randn(rows, n).to(dtype) for n in (288, 64))
     ends = [rows - 2, rows]
     for ours, truth in [
-        (cpu_library.grouped_linear(x, weight, None, ends), reference.grouped_linear(x.double(), weight, None, ends)),
-        (cpu_library.grouped_linear_dx(dy, weight, ends), reference.grouped_linear_dx(dy.double(), weight, ends)),
+        (cpu_gemm.grouped_linear(x, weight, None, ends), reference.grouped_linear(x.double(), weight, None, ends)),
+        (cpu_gemm.grouped_linear_dx(dy, weight, ends), reference.grouped_linear_dx(dy.double(), weight, ends)),
     ]:
         # A column's terms are within a factor of its largest, so its own size is the measure of its error.
         size = truth.abs().nan_to_num(0, 0, 0).amax(0, keepdim=True)
@@ -129,17 +169,22 @@ def test_extreme_scales_neither_vanish_nor_stay_finite_by_mistake(scales, rows, 
 @pytest.mark.usefixtures("isa")
 def test_every_number_of_threads_gives_the_same_bits(dtype):
     torch.manual_seed(2)
-    weight, ends = random_weight(3, 96, 320), [37, 37, 40]
+    weight, dense, ends = random_weight(3, 96, 320), random_dense(3, 90, 320, torch.bfloat16), [37, 37, 40]
     x, dy = torch.randn(40, 320).to(dtype), torch.randn(40, 96).to(dtype)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
         results.append(
-            (cpu_library.grouped_linear(x, weight, None, ends), cpu_library.grouped_linear_dx(dy, weight, ends))
+            (
+                cpu_gemm.grouped_linear(x, weight, None, ends),
+                cpu_gemm.grouped_linear_dx(dy, weight, ends),
+                cpu_gemm.grouped_dense(x, dense, None, ends),
+                cpu_gemm.grouped_dense_dx(dy[:, :90], dense, ends),
+            )
         )
     torch.set_num_threads(before)
-    for y, dx in results[1:]:
-        assert torch.equal(y, results[0][0]) and torch.equal(dx, results[0][1])
+    for others in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
 
 
 @built
@@ -147,7 +192,7 @@ def test_every_number_of_threads_gives_the_same_bits(dtype):
 def test_weights_are_read_from_a_map_at_any_address_up_to_its_last_byte(tmp_path: Path):
     weight, x = random_weight(2, 32, 96), torch.randn(20, 96, dtype=torch.bfloat16)
     dy, ends = torch.randn(20, 32, dtype=torch.bfloat16), [3, 20]
-    expected = cpu_library.grouped_linear(x, weight, None, ends), cpu_library.grouped_linear_dx(dy, weight, ends)
+    expected = cpu_gemm.grouped_linear(x, weight, None, ends), cpu_gemm.grouped_linear_dx(dy, weight, ends)
     for gap in (1, 7, 15):
         for last in (0, 1):
             # One tensor begins at an odd address, the other ends with the map, after which a read may be a fault.
@@ -160,22 +205,47 @@ def test_weights_are_read_from_a_map_at_any_address_up_to_its_last_byte(tmp_path
             views = [mapped[start : start + len(part)] for start, part in zip(starts, parts, strict=True)]
             blocks, scales = views if last == 1 else views[::-1]
             unaligned = MXFP4Weight(blocks.view_as(weight.blocks_EOGB), scales.view_as(weight.scales_EOG))
-            assert torch.equal(cpu_library.grouped_linear(x, unaligned, None, ends), expected[0])
-            assert torch.equal(cpu_library.grouped_linear_dx(dy, unaligned, ends), expected[1])
+            assert torch.equal(cpu_gemm.grouped_linear(x, unaligned, None, ends), expected[0])
+            assert torch.equal(cpu_gemm.grouped_linear_dx(dy, unaligned, ends), expected[1])
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(32, 96), (33, 43)], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_dense_weights_are_read_from_a_map_up_to_its_last_byte(shape, dtype, tmp_path: Path):
+    (O, I), ends = shape, [3, 20]
+    weight = random_dense(2, O, I, dtype)
+    x, dy = torch.randn(20, I, dtype=torch.bfloat16), torch.randn(20, O, dtype=torch.bfloat16)
+    expected = cpu_gemm.grouped_dense(x, weight, None, ends), cpu_gemm.grouped_dense_dx(dy, weight, ends)
+    start = -weight.nbytes % 4096
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(start) + weight.contiguous().view(torch.uint8).numpy().tobytes())
+    mapped = torch.from_file(str(path), shared=False, size=start + weight.nbytes, dtype=torch.uint8)[start:]
+    last = mapped.view(dtype).view(2, O, I)
+    assert torch.equal(cpu_gemm.grouped_dense(x, last, None, ends), expected[0])
+    assert torch.equal(cpu_gemm.grouped_dense_dx(dy, last, ends), expected[1])
 
 
 @built
 def test_mistakes_are_errors_and_never_reach_the_library():
     weight, x = random_weight(2, 64, 32), torch.randn(5, 32)
-    with pytest.raises(ValueError, match=r"rows \(5, 32\) must be \[T, 64\]"):
-        cpu_library.grouped_linear_dx(x, weight, [2, 5])
+    with pytest.raises(ValueError, match=r"rows \(5, 32\) of torch.float32 must be \[T, 64\]"):
+        cpu_gemm.grouped_linear_dx(x, weight, [2, 5])
     for ends in ([2, 6], [2, 4], [5], [6, 5], [-1, 5]):
         with pytest.raises(ValueError, match="rise to 5"):
-            cpu_library.grouped_linear(x, weight, None, ends)
+            cpu_gemm.grouped_linear(x, weight, None, ends)
     with pytest.raises(ValueError, match=r"bias \(2, 32\) must be \(2, 64\)"):
-        cpu_library.grouped_linear(x, weight, torch.zeros(2, 32), [2, 5])
+        cpu_gemm.grouped_linear(x, weight, torch.zeros(2, 32), [2, 5])
     with pytest.raises(ValueError, match=r"are not \[E, O, G, 16\]"):
-        cpu_library.grouped_linear(x, MXFP4Weight(weight.blocks_EOGB, weight.scales_EOG[:1]), None, [2, 5])
+        cpu_gemm.grouped_linear(x, MXFP4Weight(weight.blocks_EOGB, weight.scales_EOG[:1]), None, [2, 5])
+    with pytest.raises(ValueError, match="48 output features"):
+        cpu_gemm.grouped_linear(x, random_weight(2, 48, 32), None, [2, 5])
+    with pytest.raises(ValueError, match=r"rows \(5, 32\) of torch.float64"):
+        cpu_gemm.linear(x.double(), torch.randn(8, 32), None)
+    for refused in (torch.randn(32, 8).T, torch.randn(8, 32).double(), torch.randn(0, 32)):
+        with pytest.raises(ValueError, match=r"must be \[E, O, I\], contiguous"):
+            cpu_gemm.linear(x, refused, None)
 
 
 @built
@@ -189,7 +259,7 @@ def test_an_instruction_set_that_does_not_run_here_is_an_error(monkeypatch):
 def test_dispatch_takes_the_library_and_says_which_path(isa):
     assert {(row.implementation, row.refused) for row in dispatch.describe()} == {(f"cpu/{isa}", "")}
     weight, x = random_weight(2, 64, 32), torch.randn(5, 32, dtype=torch.bfloat16)
-    ours = cpu_library.grouped_linear(x, weight, None, [2, 5])
+    ours = cpu_gemm.grouped_linear(x, weight, None, [2, 5])
     assert torch.equal(dispatch.grouped_linear(x, weight, None, [2, 5]), ours)
 
 
