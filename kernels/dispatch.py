@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptoss_ft.kernels import cpu_gemm, cpu_library, reference
+from gptoss_ft.kernels import cpu_gemm, cpu_library, cpu_loss, reference
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 
 OPERATIONS = ("dequantize_mxfp4", "grouped_linear", "grouped_linear_dx")
@@ -60,16 +60,22 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear`."""
+    if x_TI.dtype in cpu_library.DTYPES:
+        return cpu_gemm.linear(x_TI, weight_OI, bias_O)
     return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
 
 
 def linear_dx(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
     """The gradient of `linear` with respect to its input."""
+    if dy_TO.dtype in cpu_library.DTYPES:
+        return cpu_gemm.linear_dx(dy_TO, weight_OI)
     return dy_TO @ weight_OI
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.cross_entropy`; the logits may be overwritten."""
+    if logits_TV.dtype in cpu_library.DTYPES:
+        return cpu_loss.cross_entropy(logits_TV, targets_T, weights_T)
     return reference.cross_entropy(logits_TV, targets_T, weights_T)
 
 
