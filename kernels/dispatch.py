@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptoss_ft.kernels import cpu_gemm, cpu_library, cpu_loss, reference
+from gptoss_ft.kernels import cpu_gemm, cpu_library, cpu_loss, cpu_rounding, reference
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 
 OPERATIONS = ("dequantize_mxfp4", "grouped_linear", "grouped_linear_dx")
@@ -77,6 +77,15 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor) -> tu
     if logits_TV.dtype in cpu_library.DTYPES:
         return cpu_loss.cross_entropy(logits_TV, targets_T, weights_T)
     return reference.cross_entropy(logits_TV, targets_T, weights_T)
+
+
+def round_columns(
+    wanted_OK: Tensor, steps_OK: Tensor, spread_KK: Tensor, old_OK: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`reference.round_columns`."""
+    if cpu_rounding.refusal(wanted_OK, steps_OK, spread_KK, old_OK):
+        return reference.round_columns(wanted_OK, steps_OK, spread_KK, old_OK)
+    return cpu_rounding.round_columns(wanted_OK, steps_OK, spread_KK, old_OK)
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:

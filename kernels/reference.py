@@ -149,6 +149,33 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor) -> tu
     return loss_T, (gradient_TV * weights_T[:, None]).to(logits_TV.dtype)
 
 
+def nearest_element(values: Tensor) -> Tensor:
+    """The e2m1 number nearest to each of `values`, at most 6 in magnitude; ties go to even multiples of the spacing."""
+    magnitude = values.abs().clamp_max(MAGNITUDES[-1])
+    spacing = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    return torch.copysign((magnitude / spacing).round() * spacing, values)
+
+
+def round_columns(
+    wanted_OK: Tensor, steps_OK: Tensor, spread_KK: Tensor, old_OK: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Round to e2m1 times `steps` from left to right, each column's residual moving what is wanted of later ones.
+
+    After column k, `wanted[:, j]` of every later j falls by its residual times `spread[k, j]`. The residual is wanted -
+    rounded, or rounded - old where `old` is given.
+
+    Returns:
+        What was rounded and the residuals, both [O, K].
+    """
+    wanted_OK, residuals_OK = wanted_OK.clone(), torch.empty_like(wanted_OK)
+    for k in range(wanted_OK.shape[1]):
+        rounded_O = nearest_element(wanted_OK[:, k] / steps_OK[:, k]) * steps_OK[:, k]
+        residual_O = wanted_OK[:, k] - rounded_O if old_OK is None else rounded_O - old_OK[:, k]
+        wanted_OK[:, k + 1 :].addr_(residual_O, spread_KK[k, k + 1 :], alpha=-1)
+        wanted_OK[:, k], residuals_OK[:, k] = rounded_O, residual_O
+    return wanted_OK, residuals_OK
+
+
 def _row_ranges(ends_E: Sequence[int]) -> list[tuple[int, slice]]:
     """(expert, its rows) for every expert that has rows."""
     starts = (0, *ends_E[:-1])

@@ -21,7 +21,8 @@ class UpdateStats:
     """How a rounded update compares with the wanted one, as sums that add up over the parts of a tensor.
 
     With base W, wanted update D and written weight W': squared norms of W, D and of the error W' - W - D, the
-    product <W' - W, D>, the number of elements, and of those whose value changed.
+    product <W' - W, D>, the number of elements, and of those whose value changed. Of a calibrated rounding also the
+    squared norms of D x and (W' - W - D) x over held-out inputs x.
     """
 
     base_sq: float = 0.0
@@ -30,6 +31,8 @@ class UpdateStats:
     applied_dot_update: float = 0.0
     num_elements: int = 0
     num_changed: int = 0
+    output_sq: float = 0.0
+    output_error_sq: float = 0.0
 
     def __add__(self, other: "UpdateStats") -> "UpdateStats":
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
@@ -53,6 +56,11 @@ class UpdateStats:
     def relative_error(self) -> float | None:
         """||W' - W - D|| / ||D||: 1 where the update is lost, more where writing it did harm; None without one."""
         return (self.error_sq / self.update_sq) ** 0.5 if self.update_sq else None
+
+    @property
+    def output_error(self) -> float | None:
+        """||(W' - W - D) x|| / ||D x|| over held-out inputs: 1 where the update is lost; None where none were given."""
+        return (self.output_error_sq / self.output_sq) ** 0.5 if self.output_sq else None
 
     @property
     def retained(self) -> float | None:
