@@ -25,12 +25,10 @@ from gptoss_ft.mxfp4.round import UpdateStats, measure_update, round_merged
 DAMPING = 0.03
 # Of the inputs, every so many is held out.
 HELD_OUT_EVERY = 8
-# A row has to beat the base by this share on held-out inputs: what wins by less may have won by luck.
-MARGIN = 0.05
 MAX_PASSES = 3
 BLOCK_COLUMNS = 128
 # Fewer say too little of the inputs to be better than rounding to nearest.
-MIN_INPUTS = 2 * HELD_OUT_EVERY
+MIN_INPUTS = 8 * HELD_OUT_EVERY
 
 
 class CalibratedRounding:
@@ -66,7 +64,9 @@ class CalibratedRounding:
 
         base = dequantize_mxfp4(base_blocks, base_scales, torch.float32)
         base_cost = self._output_sq(base - target)
-        accepted = self._output_sq(rounded - target) < (1 - MARGIN) * base_cost
+        # What wins by less than a mean over so few inputs is sure of may have won by luck.
+        margin = len(self.held_out) ** -0.5
+        accepted = self._output_sq(rounded - target) < (1 - margin) * base_cost
         blocks, _ = quantize_mxfp4(rounded, scales)
         blocks = torch.where(accepted[:, None, None], blocks, base_blocks)
         scales = torch.where(accepted[:, None], scales, base_scales)

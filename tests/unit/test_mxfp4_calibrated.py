@@ -1,0 +1,108 @@
+"""Calibrated rounding: bounds on the error of outputs, and the compiled sweep against the reference."""
+
+import pytest
+import torch
+
+from gptoss_ft.kernels import cpu_library, cpu_rounding, reference
+from gptoss_ft.mxfp4.calibrated import MIN_INPUTS, CalibratedRounding
+from gptoss_ft.mxfp4.codec import quantize_mxfp4
+from gptoss_ft.mxfp4.round import round_merged
+
+O, K, RANK = 64, 288, 4
+
+
+def problem(relative_update, *, correlated, aligned, num_inputs=2048, seed=0):
+    """A base on the grid, an update of the given size, and inputs to calibrate and to test on."""
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, K + 1).float() ** (-2.0 if correlated else 0.0)
+    mixing = torch.linalg.qr(torch.randn(K, K, generator=generator))[0] * (spectrum / spectrum.mean()).sqrt()
+    inputs = torch.randn(num_inputs + 1024, K, generator=generator) @ mixing.T
+    blocks, scales = quantize_mxfp4(torch.randn(O, K, generator=generator) * K**-0.5)
+    base = reference.dequantize_mxfp4(blocks, scales, torch.float32)
+    A = torch.randn(RANK, K, generator=generator)
+    update = torch.randn(O, RANK, generator=generator) @ (A @ mixing.T if aligned else A)
+    update *= relative_update * base.norm() / update.norm()
+    return base, update, blocks, scales, inputs[:num_inputs], inputs[num_inputs:]
+
+
+def output_error(blocks, scales, base, update, inputs):
+    written = reference.dequantize_mxfp4(blocks, scales, torch.float32)
+    return float(((written - base - update) @ inputs.T).norm() / (update @ inputs.T).norm())
+
+
+@pytest.mark.parametrize(("relative_update", "bound"), [(0.002, 0.66), (0.01, 0.4), (0.05, 0.2)])
+def test_updates_that_nearest_rounding_loses_survive_along_correlated_inputs(relative_update, bound):
+    base, update, blocks, scales, seen, unseen = problem(relative_update, correlated=True, aligned=True)
+    nearest_blocks, nearest_scales, _ = round_merged(base + update, blocks, scales)
+    assert output_error(nearest_blocks, nearest_scales, base, update, unseen) > 1.5 * bound
+    got_blocks, got_scales, stats = CalibratedRounding(seen).round(base + update, blocks, scales)
+    error = output_error(got_blocks, got_scales, base, update, unseen)
+    assert error < bound
+    assert stats.output_error == pytest.approx(error, rel=0.15)
+
+
+@pytest.mark.parametrize("relative_update", [0.001, 0.01, 0.05, 0.2])
+@pytest.mark.parametrize("correlated", [False, True])
+@pytest.mark.parametrize("num_inputs", [MIN_INPUTS, 300, 2048])
+def test_the_result_is_never_worse_than_the_base(relative_update, correlated, num_inputs):
+    base, update, blocks, scales, seen, unseen = problem(
+        relative_update, correlated=correlated, aligned=False, num_inputs=num_inputs
+    )
+    got_blocks, got_scales, _ = CalibratedRounding(seen).round(base + update, blocks, scales)
+    # Eight held-out inputs are few to judge a row by: some that lose a little are taken.
+    assert output_error(got_blocks, got_scales, base, update, unseen) <= (1.03 if num_inputs == MIN_INPUTS else 1.005)
+
+
+def test_rows_that_do_not_win_keep_the_bytes_of_the_base():
+    base, update, blocks, scales, seen, _ = problem(0.001, correlated=False, aligned=False)
+    blocks = blocks | (blocks == 0).to(torch.uint8) * 8  # negative zeros, which rounding anew would not write
+    got_blocks, got_scales, stats = CalibratedRounding(seen).round(base + update, blocks, scales)
+    assert torch.equal(got_blocks, blocks) and torch.equal(got_scales, scales)
+    assert stats.num_changed == 0 and stats.output_error == 1
+
+
+def test_rows_do_not_depend_on_the_rows_beside_them():
+    base, update, blocks, scales, seen, _ = problem(0.02, correlated=True, aligned=True)
+    rounding = CalibratedRounding(seen)
+    whole = rounding.round(base + update, blocks, scales)[0]
+    part = rounding.round((base + update)[10:20], blocks[10:20], scales[10:20])[0]
+    # Products of other shapes may differ in the last bit, and a tie may then fall to the other side.
+    assert (part != whole[10:20]).float().mean() < 0.01
+
+
+def test_inputs_of_zeros_and_too_few_inputs():
+    base, update, blocks, scales, *_ = problem(0.05, correlated=False, aligned=False)
+    got_blocks, _, _ = CalibratedRounding(torch.zeros(MIN_INPUTS, K)).round(base + update, blocks, scales)
+    assert torch.equal(got_blocks, blocks)
+    with pytest.raises(ValueError, match="too few"):
+        CalibratedRounding(torch.zeros(MIN_INPUTS - 1, K))
+
+
+def test_nearest_element_is_the_nearest_of_all():
+    values = torch.linspace(-8, 8, 4001)
+    elements = torch.tensor(reference.ELEMENTS)
+    distance = (values[:, None] - elements).abs()
+    assert torch.equal((values - reference.nearest_element(values)).abs(), distance.min(1).values)
+
+
+@pytest.mark.skipif(cpu_library.library() is None, reason="the CPU library was not built")
+@pytest.mark.parametrize("isa", cpu_library.supported_isas() if cpu_library.library() else [])
+@pytest.mark.parametrize("rows", [1, 7, 33])
+@pytest.mark.parametrize("columns", [1, 31, 128])
+@pytest.mark.parametrize("descending", [False, True])
+def test_the_compiled_sweep_is_the_reference(isa, rows, columns, descending, monkeypatch):
+    monkeypatch.setenv(cpu_library.ISA_VARIABLE, isa)
+    generator = torch.Generator().manual_seed(rows * columns)
+    # Columns of a larger matrix, as callers have them.
+    wanted = torch.randn(rows, columns + 9, generator=generator)[:, 4 : 4 + columns]
+    steps = 2.0 ** torch.randint(-3, 1, (rows, columns + 5), generator=generator)[:, 2 : 2 + columns]
+    spread = torch.randn(columns, columns, generator=generator) * 0.05
+    old = reference.nearest_element(torch.randn(rows, columns, generator=generator)) * steps if descending else None
+    kept = wanted.clone()
+    for got, expected in zip(
+        cpu_rounding.round_columns(wanted, steps, spread, old),
+        reference.round_columns(wanted, steps, spread, old),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+    assert torch.equal(wanted, kept)
