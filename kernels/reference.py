@@ -2,7 +2,8 @@
 
 Names carry shapes: T rows · K choices per row · E experts · I input features · O output features · R LoRA rank
 G blocks of 32 inputs (I = 32·G) · B bytes per block (16) · V vocabulary. Rows are sorted by expert and `ends_E[e]` is
-where expert e's rows end, as in `torch.nn.functional.grouped_mm`.
+where expert e's rows end, as in `torch.nn.functional.grouped_mm`. In attention, B batch · H query heads · K key/value
+heads · T queries · S keys · D head dimension.
 """
 
 import math
@@ -106,6 +107,40 @@ def clamped_swiglu(gate_up: Tensor, *, alpha: float = 1.702, limit: float = 7.0)
     """gpt-oss's activation of interleaved gate (even) and up (odd) columns, `[..., 2·I] -> [..., I]`."""
     gate, up = gate_up[..., 0::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
     return (up + 1) * gate * torch.sigmoid(alpha * gate)
+
+
+def sink_attention(
+    q_BHTD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    sinks_H: Tensor,
+    *,
+    scaling: float,
+    window: int | None,
+    documents_BS: Tensor | None,
+) -> Tensor:
+    """gpt-oss's causal attention, differentiable in its first four arguments: `[B, H, T, D]`.
+
+    The sink is a logit of each query head that takes part in the softmax and has no value. Query head h reads
+    key/value head h // (H / K). The last T of the S positions are those of the queries. A query sees its own position
+    and those before it, `window` in all (None: no limit), which belong to its document: `documents_BS` numbers the
+    document of every position (None: one document). A position whose document is negative, as that of padding, sees
+    nothing and is not seen; its output is zero.
+    """
+    H, T = q_BHTD.shape[1:3]
+    K, S = k_BKSD.shape[1:3]
+    key_S = torch.arange(S, device=q_BHTD.device)
+    query_T1 = key_S[S - T :, None]
+    sees_TS = (key_S <= query_T1) & (key_S > query_T1 - (S if window is None else window))
+    if documents_BS is not None:
+        own_BT1 = documents_BS[:, S - T :, None]
+        sees_TS = sees_TS & (own_BT1 == documents_BS[:, None]) & (own_BT1 >= 0)
+        sees_TS = sees_TS[:, None, None]
+    q_BKGTD = q_BHTD.unflatten(1, (K, H // K))
+    logits = (q_BKGTD @ k_BKSD[:, :, None].mT * scaling).masked_fill(~sees_TS, -math.inf)
+    sinks = sinks_H.to(logits.dtype).view(K, H // K, 1, 1).expand(*logits.shape[:-1], 1)
+    probabilities = torch.cat((logits, sinks), dim=-1).softmax(-1)[..., :-1]
+    return (probabilities @ v_BKSD[:, :, None]).flatten(1, 2)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
