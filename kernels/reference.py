@@ -136,6 +136,40 @@ def clamped_swiglu(gate_up: Tensor, *, alpha: float = 1.702, limit: float = 7.0)
     return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
 
+def sink_attention(
+    q_BHTD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    sinks_H: Tensor,
+    *,
+    scaling: float,
+    window: int | None,
+    documents_BS: Tensor | None,
+) -> Tensor:
+    """gpt-oss's causal attention, differentiable in its first four arguments: `[B, H, T, D]`.
+
+    The sink is a logit of each query head that takes part in the softmax and has no value. Query head h reads
+    key/value head h // (H / K). The last T of the S positions are those of the queries. A query sees its own position
+    and those before it, `window` in all (None: no limit), which belong to its document: `documents_BS` numbers the
+    document of every position (None: one document). A position whose document is negative, as that of padding, sees
+    nothing and is not seen; its output is zero.
+    """
+    H, T = q_BHTD.shape[1:3]
+    K, S = k_BKSD.shape[1:3]
+    key_S = torch.arange(S, device=q_BHTD.device)
+    query_T1 = key_S[S - T :, None]
+    sees_TS = (key_S <= query_T1) & (key_S > query_T1 - (S if window is None else window))
+    if documents_BS is not None:
+        own_BT1 = documents_BS[:, S - T :, None]
+        sees_TS = sees_TS & (own_BT1 == documents_BS[:, None]) & (own_BT1 >= 0)
+        sees_TS = sees_TS[:, None, None]
+    q_BKGTD = q_BHTD.unflatten(1, (K, H // K))
+    logits = (q_BKGTD @ k_BKSD[:, :, None].mT * scaling).masked_fill(~sees_TS, -math.inf)
+    sinks = sinks_H.to(logits.dtype).view(K, H // K, 1, 1).expand(*logits.shape[:-1], 1)
+    probabilities = torch.cat((logits, sinks), dim=-1).softmax(-1)[..., :-1]
+    return (probabilities @ v_BKSD[:, :, None]).flatten(1, 2)
+
+
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropy in nats of each row, `[T]`, and the gradient of its weighted sum with respect to the logits.
 

@@ -12,6 +12,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+import gptoss_ft.model.attention  # noqa: F401  registers attn_implementation="gptoss_ft"
 from gptoss_ft.errors import UserError
 from gptoss_ft.kernels.dispatch import dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint

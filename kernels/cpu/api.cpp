@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <new>
 
+#include "attention.h"
 #include "grouped.h"
 #include "parallel.h"
 
@@ -18,6 +19,15 @@ const Kernels& kernels_for(Isa isa, DType activations, DType weights) {
 #endif
     (void)isa;
     return portable_kernels(activations, weights);
+}
+
+const AttentionKernels& attention_for(Isa isa, DType dtype) {
+#ifdef GPTOSS_FT_X86
+    if (isa == kAvx512Bf16) return avx512_attention(dtype);
+    if (isa == kAvx2) return avx2_attention(dtype);
+#endif
+    (void)isa;
+    return portable_attention(dtype);
 }
 
 template <class Body>
@@ -82,4 +92,12 @@ EXPORT int gptoss_ft_grouped_linear_dx(int isa, int threads, int dtype, const vo
         const Experts experts{DType(weight_dtype), weights, scales, ends, num_experts, out, in};
         grouped_linear_dx(kernels_for(Isa(isa), DType(dtype), experts.type), threads, experts, DType(dtype), dy, dx);
     });
+}
+
+EXPORT int gptoss_ft_attention_forward(int isa, int threads, int dtype, const Attention* attention) {
+    return status_of([&] { attention_forward(attention_for(Isa(isa), DType(dtype)), threads, *attention); });
+}
+
+EXPORT int gptoss_ft_attention_backward(int isa, int threads, int dtype, const Attention* attention) {
+    return status_of([&] { attention_backward(attention_for(Isa(isa), DType(dtype)), threads, *attention); });
 }
