@@ -9,7 +9,7 @@ namespace gptoss_ft {
 namespace {
 
 #define TARGET __attribute__((target("avx2,fma")))
-#define WIDTH 16
+#define WIDTH 8
 #include "experts_impl.h"
 
 }  // namespace
