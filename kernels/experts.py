@@ -1,15 +1,18 @@
 """The expert block of gpt-oss over frozen weights, packed MXFP4 or dense, with LoRA beside them.
 
 T tokens · K experts per token · N = T·K rows sorted by expert · E experts · H hidden · I intermediate · R LoRA rank
+O out features of a projection
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from gptoss_ft.kernels import dispatch, reference
+from gptoss_ft.kernels import cpu_experts, dispatch, reference
 from gptoss_ft.kernels.reference import MXFP4Weight
 
 
@@ -45,54 +48,244 @@ def expert_block(
     alpha: float,
     limit: float,
 ) -> Tensor:
-    """Route every token through its experts and return their weighted sum, `[T, H]`."""
-    num_experts = gate_up.bias_EO.shape[0]
-    expert_N = experts_TK.reshape(-1)
-    order_N = expert_N.argsort(stable=True)
-    # One device synchronisation for the whole block: the reference loops over experts on the host.
-    ends_E = expert_N.bincount(minlength=num_experts).cumsum(0).tolist()
+    """Route every token through its experts and return their weighted sum, `[T, H]`.
 
-    x_NH = hidden_TH[order_N // experts_TK.shape[1]]
-    gate_up_N2I = _project(x_NH, gate_up, ends_E)
-    act_NI = reference.clamped_swiglu(gate_up_N2I, alpha=alpha, limit=limit)
-    y_NH = _project(act_NI, down, ends_E)
+    Differentiable once in the hidden states, the routing weights and the LoRA factors. Between the passes are kept,
+    beside the arguments, only the sort order `[N]`, the gate_up projection before its activation `[N, 2·I]`, and x·A^T
+    of each update `[N, R]` in fp32. Dense weights and biases may be trained too; autograd then keeps what it likes.
 
-    # Back to token order, then a sum over K in one place: no atomic adds, so the result is reproducible.
-    y_TKH = y_NH[order_N.argsort()].view(*experts_TK.shape, -1)
-    return (y_TKH * routing_weights_TK[..., None].to(y_TKH.dtype)).sum(1)
-
-
-def _project(x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) -> Tensor:
-    if isinstance(projection.weight, MXFP4Weight):
-        y_NO = _PackedLinear.apply(x_NI, *projection.weight, projection.bias_EO, ends_E)
-    else:
-        y_NO = _dense_linear(x_NI, projection.weight, projection.bias_EO, ends_E)
-    for update in projection.low_rank:
-        y_NO = y_NO + reference.grouped_lora(x_NI, update.A_ERI, update.B_EOR, update.scaling, ends_E, update.experts)
-    return y_NO
+    Raises:
+        ValueError: if the biases of packed weights require a gradient.
+    """
+    order_N = experts_TK.reshape(-1).argsort(stable=True)
+    # One device synchronisation for the whole block: products loop over experts on the host.
+    ends_E = experts_TK.reshape(-1).bincount(minlength=gate_up.bias_EO.shape[0]).cumsum(0).tolist()
+    constants = _Constants(ends_E, alpha, limit)
+    if _trains_weights(gate_up) or _trains_weights(down):
+        return _autograd_block(hidden_TH, routing_weights_TK, order_N, gate_up, down, constants)
+    forms, tensors = zip(*(_disassemble(projection) for projection in (gate_up, down)), strict=True)
+    return _ExpertBlock.apply(hidden_TH, routing_weights_TK, order_N, constants, forms, *tensors[0], *tensors[1])
 
 
-class _PackedLinear(torch.autograd.Function):
-    """`dispatch.grouped_linear`; only `x` has a gradient, since packed weights and their biases stay frozen."""
+class _Constants(NamedTuple):
+    ends_E: Sequence[int]
+    alpha: float
+    limit: float
+
+
+class _Form(NamedTuple):
+    """An `ExpertProjection` without its tensors."""
+
+    num_frozen: int  # blocks, scales and bias, or dense weights and bias
+    updates: tuple[tuple[float, frozenset[int] | None], ...]
+
+    @property
+    def num_tensors(self) -> int:
+        return self.num_frozen + 2 * len(self.updates)
+
+
+def _disassemble(projection: ExpertProjection) -> tuple[_Form, list[Tensor]]:
+    """What `_assemble` takes: the tensors are weights, bias, and A and B of each update."""
+    weight = projection.weight
+    frozen = [*(weight if isinstance(weight, MXFP4Weight) else (weight,)), projection.bias_EO]
+    factors = [factor for update in projection.low_rank for factor in (update.A_ERI, update.B_EOR)]
+    updates = tuple((update.scaling, update.experts) for update in projection.low_rank)
+    return _Form(len(frozen), updates), frozen + factors
+
+
+def _assemble(form: _Form, tensors: Sequence[Tensor]) -> ExpertProjection:
+    *weight, bias_EO = tensors[: form.num_frozen]
+    factors = tensors[form.num_frozen :]
+    pairs = zip(factors[0::2], factors[1::2], form.updates, strict=True)
+    return ExpertProjection(
+        MXFP4Weight(*weight) if len(weight) == 2 else weight[0], bias_EO, [LowRank(A, B, *rest) for A, B, rest in pairs]
+    )
+
+
+class _ExpertBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TH, routing_TK, order_N, constants, forms, *tensors):  # type: ignore[no-untyped-def]
+        (ends_E, alpha, limit), (gate_up_form, down_form), K = constants, forms, routing_TK.shape[1]
+        gate_up = _assemble(gate_up_form, tensors[: gate_up_form.num_tensors])
+        down = _assemble(down_form, tensors[gate_up_form.num_tensors :])
+        ops = _implementation(hidden_TH, gate_up, down)
+
+        gate_up_N2I, h_gate_up = _project(ops, hidden_TH.index_select(0, order_N // K), gate_up, ends_E)
+        act_NI = ops.clamped_swiglu(gate_up_N2I, alpha=alpha, limit=limit)
+        y_NH, h_down = _project(ops, act_NI, down, ends_E)
+
+        ctx.save_for_backward(hidden_TH, routing_TK, order_N, gate_up_N2I, *h_gate_up, *h_down, *tensors)
+        ctx.constants, ctx.forms = constants, forms
+        return ops.combine(y_NH, order_N.argsort().view(-1, K), routing_TK)
 
     @staticmethod
-    def forward(ctx, x_NI, blocks_EOGB, scales_EOG, bias_EO, ends_E):  # type: ignore[no-untyped-def]
-        if bias_EO.requires_grad:
-            raise ValueError(
-                "expert biases cannot be trained beside packed weights: call requires_grad_(False) on them"
+    @once_differentiable
+    def backward(ctx, d_out_TH):  # type: ignore[no-untyped-def]
+        (ends_E, alpha, limit), (gate_up_form, down_form) = ctx.constants, ctx.forms
+        saved, needs = list(ctx.saved_tensors), list(ctx.needs_input_grad)
+        hidden_TH, routing_TK, order_N, gate_up_N2I = _take(saved, 4)
+        h_gate_up, h_down = _take(saved, len(gate_up_form.updates)), _take(saved, len(down_form.updates))
+        gate_up = _assemble(gate_up_form, _take(saved, gate_up_form.num_tensors))
+        down = _assemble(down_form, saved)
+        needs_hidden, needs_routing, *_ = _take(needs, 5)
+        needs_gate_up = _take(needs, gate_up_form.num_tensors)[gate_up_form.num_frozen :]
+        needs_down = needs[down_form.num_frozen :]
+
+        ops, K = _implementation(hidden_TH, gate_up, down), routing_TK.shape[1]
+        token_N, slots_TK = order_N // K, order_N.argsort().view(-1, K)
+        routing_N = routing_TK.flatten()[order_N].to(reference.accurate(hidden_TH.dtype))
+        d_hidden_TH = d_routing_TK = None
+        d_gate_up: list[Tensor | None] = [None] * len(needs_gate_up)
+
+        # g is not yet weighted: a weight joins where it is one factor of a row's result. The gradient of the weight,
+        # <g, y>, is then <d_act, act> and <g, bias>, so that y need not be kept.
+        g_NH = d_out_TH.index_select(0, token_N)
+        d_act_NI = _frozen_product_dx(g_NH, down, ends_E)
+        dh_down = _low_rank_backward(ops, g_NH, down, d_act_NI, ends_E)
+        weighted_act_NI, d_gate_up_N2I, d_routing_N = ops.weighted_swiglu_backward(
+            gate_up_N2I, d_act_NI, routing_N, alpha=alpha, limit=limit
+        )
+        del d_act_NI
+        if needs_routing:
+            d_routing_N += ops.low_rank_down(g_NH, down.bias_EO[:, None], ends_E)[:, 0]
+            d_routing_TK = d_routing_N[slots_TK].to(routing_TK.dtype)
+        h_down = [routing_N[:, None] * h_NR for h_NR in h_down]
+        d_down = _factor_gradients(ops, weighted_act_NI, g_NH, down, h_down, dh_down, needs_down, ends_E)
+        del weighted_act_NI, g_NH
+
+        if needs_hidden or any(needs_gate_up):
+            dx_NH = _frozen_product_dx(d_gate_up_N2I, gate_up, ends_E) if needs_hidden else None
+            dh_gate_up = _low_rank_backward(ops, d_gate_up_N2I, gate_up, dx_NH, ends_E)
+            if dx_NH is not None:
+                d_hidden_TH = ops.combine(dx_NH, slots_TK, None)
+                del dx_NH
+            x_NH = hidden_TH.index_select(0, token_N)
+            d_gate_up = _factor_gradients(
+                ops, x_NH, d_gate_up_N2I, gate_up, h_gate_up, dh_gate_up, needs_gate_up, ends_E
             )
-        ctx.save_for_backward(blocks_EOGB, scales_EOG)
-        ctx.ends_E = ends_E
-        return dispatch.grouped_linear(x_NI, MXFP4Weight(blocks_EOGB, scales_EOG), bias_EO, ends_E)
-
-    @staticmethod
-    def backward(ctx, dy_NO):  # type: ignore[no-untyped-def]
-        weight = MXFP4Weight(*ctx.saved_tensors)
-        return dispatch.grouped_linear_dx(dy_NO, weight, ctx.ends_E), None, None, None, None
+        frozen = [None] * gate_up_form.num_frozen, [None] * down_form.num_frozen
+        return d_hidden_TH, d_routing_TK, None, None, None, *frozen[0], *d_gate_up, *frozen[1], *d_down
 
 
-def _dense_linear(x_NI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, ends_E: Sequence[int]) -> Tensor:
-    weights, biases = weight_EIO.unbind(0), bias_EO.unbind(0)
-    sizes = [end - start for start, end in zip((0, *ends_E[:-1]), ends_E, strict=True)]
-    parts = [torch.addmm(biases[e], x, weights[e]) for e, x in enumerate(x_NI.split(sizes))]
-    return torch.cat(parts)
+def _take(items: list[Any], count: int) -> list[Any]:
+    """Remove the first `count` items and return them."""
+    taken, items[:] = items[:count], items[count:]
+    return taken
+
+
+def _implementation(hidden_TH: Tensor, *projections: ExpertProjection) -> Any:
+    """`cpu_experts`, or `reference` for what the library cannot compute."""
+    operands = [projection.bias_EO for projection in projections]
+    operands += [factor for p in projections for update in p.low_rank for factor in (update.A_ERI, update.B_EOR)]
+    choice = dispatch.choose(hidden_TH.device, hidden_TH.dtype)
+    return reference if choice.refused or cpu_experts.refusal(hidden_TH.dtype, operands) else cpu_experts
+
+
+def _project(
+    ops: Any, x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """The projection of rows, and x·A^T of each update."""
+    y_NO, h = _frozen_product(x_NI, projection, ends_E), []
+    for update in projection.low_rank:
+        h.append(ops.low_rank_down(x_NI, update.A_ERI, ends_E, update.experts))
+        ops.low_rank_up_(y_NO, h[-1], _by_rank(update.B_EOR), update.scaling, ends_E, update.experts)
+    return y_NO, h
+
+
+def _low_rank_backward(
+    ops: Any, dy_NO: Tensor, projection: ExpertProjection, dx_NI: Tensor | None, ends_E: Sequence[int]
+) -> list[Tensor]:
+    """The gradients of x·A^T of each update, whose parts in the gradient of x are added to `dx`."""
+    dh = []
+    for update in projection.low_rank:
+        dh.append(ops.low_rank_down(dy_NO, _by_rank(update.B_EOR), ends_E, update.experts).mul_(update.scaling))
+        if dx_NI is not None:
+            ops.low_rank_up_(dx_NI, dh[-1], update.A_ERI, 1.0, ends_E, update.experts)
+    return dh
+
+
+def _factor_gradients(
+    ops: Any,
+    x_NI: Tensor,
+    dy_NO: Tensor,
+    projection: ExpertProjection,
+    h: Sequence[Tensor],
+    dh: Sequence[Tensor],
+    needs: Sequence[bool],
+    ends_E: Sequence[int],
+) -> list[Tensor | None]:
+    """The gradients of A and B of each update, in turn; None for those that need none."""
+    gradients: list[Tensor | None] = []
+    for i, update in enumerate(projection.low_rank):
+        dA_ERI = dB_EOR = None
+        if needs[2 * i]:
+            dA_ERI = torch.empty_like(update.A_ERI, memory_format=torch.contiguous_format)
+            ops.low_rank_gradient_(dA_ERI, dh[i], x_NI, 1.0, ends_E, update.experts)
+        if needs[2 * i + 1]:
+            E, O, R = update.B_EOR.shape
+            dB_REO = update.B_EOR.new_empty(R, E, O)
+            ops.low_rank_gradient_(dB_REO.transpose(0, 1), h[i], dy_NO, update.scaling, ends_E, update.experts)
+            dB_EOR = dB_REO.flatten(0, 1).t().contiguous().view(O, R, E).permute(2, 0, 1)
+        gradients += [dA_ERI, dB_EOR]
+    return gradients
+
+
+def _by_rank(B_EOR: Tensor) -> Tensor:
+    """B as `[E, R, O]` with contiguous rows of O.
+
+    Of PEFT's layout, in which the expert is the fastest dimension, this is the transposition of a matrix.
+    """
+    E, O, R = B_EOR.shape
+    return B_EOR.permute(1, 2, 0).reshape(O, R * E).t().contiguous().view(R, E, O).transpose(0, 1)
+
+
+def _frozen_product(x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) -> Tensor:
+    if isinstance(projection.weight, MXFP4Weight):
+        return dispatch.grouped_linear(x_NI, projection.weight, projection.bias_EO, ends_E)
+    return _dense_product(x_NI, projection.weight, projection.bias_EO, ends_E)
+
+
+def _frozen_product_dx(dy_NO: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) -> Tensor:
+    if isinstance(projection.weight, MXFP4Weight):
+        return dispatch.grouped_linear_dx(dy_NO, projection.weight, ends_E)
+    parts = zip(dy_NO.split(_sizes(ends_E)), projection.weight.unbind(0), strict=True)
+    return torch.cat([dy @ weight_IO.T for dy, weight_IO in parts])
+
+
+def _dense_product(x_NI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, ends_E: Sequence[int]) -> Tensor:
+    parts = zip(x_NI.split(_sizes(ends_E)), weight_EIO.unbind(0), bias_EO.unbind(0), strict=True)
+    return torch.cat([torch.addmm(bias_O, x, weight_IO) for x, weight_IO, bias_O in parts])
+
+
+def _sizes(ends_E: Sequence[int]) -> list[int]:
+    return [end - start for start, end in zip((0, *ends_E[:-1]), ends_E, strict=True)]
+
+
+def _trains_weights(projection: ExpertProjection) -> bool:
+    if not isinstance(projection.weight, MXFP4Weight):
+        return projection.weight.requires_grad or projection.bias_EO.requires_grad
+    if projection.bias_EO.requires_grad:
+        raise ValueError("expert biases cannot be trained beside packed weights: call requires_grad_(False) on them")
+    return False
+
+
+def _autograd_block(
+    hidden_TH: Tensor,
+    routing_TK: Tensor,
+    order_N: Tensor,
+    gate_up: ExpertProjection,
+    down: ExpertProjection,
+    constants: _Constants,
+) -> Tensor:
+    """The block for training its dense weights, composed of what torch can differentiate."""
+
+    def project(x_NI: Tensor, projection: ExpertProjection) -> Tensor:
+        y_NO = _frozen_product(x_NI, projection, ends_E)
+        for lora in projection.low_rank:
+            y_NO = y_NO + reference.grouped_lora(x_NI, lora.A_ERI, lora.B_EOR, lora.scaling, ends_E, lora.experts)
+        return y_NO
+
+    (ends_E, alpha, limit), K = constants, routing_TK.shape[1]
+    gate_up_N2I = project(hidden_TH[order_N // K], gate_up)
+    y_NH = project(reference.clamped_swiglu(gate_up_N2I, alpha=alpha, limit=limit), down)
+    return reference.combine(y_NH, order_N.argsort().view(-1, K), routing_TK)

@@ -130,10 +130,78 @@ def grouped_lora(
     return scaling * torch.cat(parts)
 
 
+def low_rank_down(
+    x_TI: Tensor, factor_ERI: Tensor, ends_E: Sequence[int], experts: Collection[int] | None = None
+) -> Tensor:
+    """`x[t] @ F[e(t)].T`, and zeros for experts outside `experts` (None: all are in): `[T, R]` in at least fp32."""
+    h_TR = x_TI.new_zeros(x_TI.shape[0], factor_ERI.shape[1], dtype=accurate(x_TI.dtype))
+    for expert, rows in _adapted(ends_E, experts):
+        h_TR[rows] = F.linear(x_TI[rows], factor_ERI[expert].to(x_TI.dtype)).to(h_TR.dtype)
+    return h_TR
+
+
+def low_rank_up_(
+    y_TI: Tensor,
+    h_TR: Tensor,
+    factor_ERI: Tensor,
+    scaling: float,
+    ends_E: Sequence[int],
+    experts: Collection[int] | None = None,
+) -> None:
+    """Add `scaling · h[t] @ F[e(t)]` to the rows of `y` whose expert is in `experts`, in place."""
+    for expert, rows in _adapted(ends_E, experts):
+        y_TI[rows] += scaling * (h_TR[rows].to(y_TI.dtype) @ factor_ERI[expert].to(y_TI.dtype))
+
+
+def low_rank_gradient_(
+    d_factor_ERI: Tensor,
+    h_TR: Tensor,
+    x_TI: Tensor,
+    scaling: float,
+    ends_E: Sequence[int],
+    experts: Collection[int] | None = None,
+) -> None:
+    """Set `d_factor[e] = scaling · h[rows of e].T @ x[rows of e]`; zero without rows and outside `experts`."""
+    d_factor_ERI.zero_()
+    for expert, rows in _adapted(ends_E, experts):
+        d_factor_ERI[expert] = (scaling * (h_TR[rows].to(x_TI.dtype).T @ x_TI[rows])).to(d_factor_ERI.dtype)
+
+
 def clamped_swiglu(gate_up: Tensor, *, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
     """gpt-oss's activation of interleaved gate (even) and up (odd) columns, `[..., 2·I] -> [..., I]`."""
     gate, up = gate_up[..., 0::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
     return (up + 1) * gate * torch.sigmoid(alpha * gate)
+
+
+def weighted_swiglu_backward(
+    gate_up_T2I: Tensor, d_z_TI: Tensor, weights_T: Tensor, *, alpha: float = 1.702, limit: float = 7.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`z = weights[:, None] · clamped_swiglu(gate_up)`, again, and the gradients of `gate_up` and `weights`.
+
+    `weights` and its gradient have at least fp32. At the limits the gradient is that of torch's clamp: it passes.
+    """
+    dtype, wide = gate_up_T2I.dtype, accurate(gate_up_T2I.dtype)
+    raw_gate, raw_up = gate_up_T2I[:, 0::2].to(wide), gate_up_T2I[:, 1::2].to(wide)
+    gate, up = raw_gate.clamp(max=limit), raw_up.clamp(-limit, limit)
+    share = torch.sigmoid(alpha * gate)
+    glu = gate * share
+    act, d_act = (up + 1) * glu, d_z_TI * weights_T[:, None]
+    d_gate = d_act * (up + 1) * (share + alpha * glu * (1 - share)) * (raw_gate <= limit)
+    d_up = d_act * glu * (raw_up.abs() <= limit)
+    d_gate_up = torch.stack((d_gate, d_up), dim=-1).flatten(1)
+    return (act * weights_T[:, None]).to(dtype), d_gate_up.to(dtype), (d_z_TI * act).sum(1)
+
+
+def combine(y_NI: Tensor, slots_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+    """`out[t] = sum of weights[t, k] · y[slots[t, k]]` over k; without weights the plain sum: `[T, I]`."""
+    y_TKI = y_NI[slots_TK]
+    # A sum over K in one place: no atomic adds, so the result is reproducible.
+    return (y_TKI if weights_TK is None else y_TKI * weights_TK[..., None].to(y_NI.dtype)).sum(1)
+
+
+def accurate(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for sums and for what is small: fp32, or fp64 beside fp64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def sink_attention(
@@ -214,3 +282,7 @@ def _row_ranges(ends_E: Sequence[int]) -> list[tuple[int, slice]]:
     """(expert, its rows) for every expert that has rows."""
     starts = (0, *ends_E[:-1])
     return [(e, slice(start, end)) for e, (start, end) in enumerate(zip(starts, ends_E, strict=True)) if end > start]
+
+
+def _adapted(ends_E: Sequence[int], experts: Collection[int] | None) -> list[tuple[int, slice]]:
+    return [(e, rows) for e, rows in _row_ranges(ends_E) if experts is None or e in experts]

@@ -3,6 +3,7 @@
 #include <new>
 
 #include "attention.h"
+#include "experts.h"
 #include "grouped.h"
 #include "parallel.h"
 
@@ -28,6 +29,15 @@ const AttentionKernels& attention_for(Isa isa, DType dtype) {
 #endif
     (void)isa;
     return portable_attention(dtype);
+}
+
+const ExpertKernels& experts_for(int isa, int activations, int factors) {
+#ifdef GPTOSS_FT_X86
+    if (isa == kAvx512Bf16) return avx512_experts(DType(activations), DType(factors));
+    if (isa == kAvx2) return avx2_experts(DType(activations), DType(factors));
+#endif
+    (void)isa;
+    return portable_experts(DType(activations), DType(factors));
 }
 
 template <class Body>
@@ -100,4 +110,45 @@ EXPORT int gptoss_ft_attention_forward(int isa, int threads, int dtype, const At
 
 EXPORT int gptoss_ft_attention_backward(int isa, int threads, int dtype, const Attention* attention) {
     return status_of([&] { attention_backward(attention_for(Isa(isa), DType(dtype)), threads, *attention); });
+}
+
+EXPORT int gptoss_ft_swiglu(int isa, int threads, int dtype, const SwiGLU* of, const void* gate_up, void* act) {
+    return status_of([&] { swiglu(experts_for(isa, dtype, dtype), threads, *of, DType(dtype), gate_up, act); });
+}
+
+EXPORT int gptoss_ft_swiglu_backward(int isa, int threads, int dtype, const SwiGLU* of, const void* gate_up,
+                                     const void* d_z, const float* weights, void* z, void* d_gate_up,
+                                     float* d_weights) {
+    return status_of([&] {
+        swiglu_backward(experts_for(isa, dtype, dtype), threads, *of, DType(dtype), gate_up, d_z, weights, z, d_gate_up,
+                        d_weights);
+    });
+}
+
+EXPORT int gptoss_ft_combine(int isa, int threads, int dtype, const void* y, const int64_t* slots, const float* weights,
+                             int64_t tokens, int64_t choices, int64_t columns, void* out) {
+    return status_of([&] {
+        combine(experts_for(isa, dtype, dtype), threads, DType(dtype), y, slots, weights, tokens, choices, columns, out);
+    });
+}
+
+EXPORT int gptoss_ft_low_rank_down(int isa, int threads, int dtype, const LowRankFactor* factor, const void* x,
+                                   float* h) {
+    return status_of([&] {
+        low_rank_down(experts_for(isa, dtype, int(factor->dtype)), threads, DType(dtype), x, *factor, h);
+    });
+}
+
+EXPORT int gptoss_ft_low_rank_up(int isa, int threads, int dtype, const LowRankFactor* factor, const float* h,
+                                 float scale, void* y) {
+    return status_of([&] {
+        low_rank_up(experts_for(isa, dtype, int(factor->dtype)), threads, DType(dtype), h, *factor, scale, y);
+    });
+}
+
+EXPORT int gptoss_ft_low_rank_gradient(int isa, int threads, int dtype, const LowRankFactor* factor, const float* h,
+                                       const void* x, float scale) {
+    return status_of([&] {
+        low_rank_gradient(experts_for(isa, dtype, int(factor->dtype)), threads, DType(dtype), h, x, scale, *factor);
+    });
 }

@@ -10,7 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "mxfp4.h"
+#include "weight.h"
 
 namespace gptoss_ft {
 

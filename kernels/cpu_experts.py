@@ -1,0 +1,186 @@
+"""What surrounds the frozen products of the expert block, in the compiled library: activation, combination and LoRA.
+
+Names, signatures and meaning are those of `reference`; LoRA factors enter in their own dtype, and every sum is fp32 in
+an order that no number of threads changes. T tokens · K experts per token · N rows sorted by expert · E experts
+I columns · R LoRA rank
+"""
+
+import ctypes
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from gptoss_ft.kernels.cpu_library import DTYPES, INT, LONG, POINTER, check, common, function
+
+
+class _SwiGLU(ctypes.Structure):
+    """`struct SwiGLU` of cpu/experts.h."""
+
+    _fields_ = (("rows", LONG), ("columns", LONG), ("alpha", ctypes.c_float), ("limit", ctypes.c_float))
+
+
+class _Factor(ctypes.Structure):
+    """`struct LowRankFactor` of cpu/experts.h."""
+
+    _fields_ = (
+        ("data", POINTER),
+        *((name, LONG) for name in ("dtype", "expert_stride", "rank_stride")),
+        # Typed pointers, because these keep the arrays alive that are assigned to them.
+        ("ends", ctypes.POINTER(LONG)),
+        ("adapted", ctypes.POINTER(ctypes.c_uint8)),
+        *((name, LONG) for name in ("num_experts", "ranks", "columns")),
+    )
+
+
+def refusal(activations: torch.dtype, factors: Sequence[Tensor]) -> str:
+    """Why the library cannot compute a block with these LoRA factors and biases; empty if it can."""
+    if activations not in DTYPES:
+        return f"the CPU library computes in bf16 and fp32, not {activations}"
+    for tensor in factors:
+        if tensor.device.type != "cpu":
+            return "operands are on different devices"
+        if tensor.dtype not in DTYPES:
+            return f"LoRA and biases must be bf16 or fp32, not {tensor.dtype}"
+    return ""
+
+
+def clamped_swiglu(gate_up_NC: Tensor, *, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
+    """`reference.clamped_swiglu` of fp32 or bf16 rows `[N, 2·I]`."""
+    of, gate_up_NC = _swiglu(gate_up_NC, alpha, limit)
+    act_NI = gate_up_NC.new_empty(of.rows, of.columns)
+    # isa, threads, dtype, shape and constants, gate_up, act
+    types = (INT, INT, INT, ctypes.POINTER(_SwiGLU), POINTER, POINTER)
+    args = (gate_up_NC.data_ptr(), act_NI.data_ptr())
+    check(function("gptoss_ft_swiglu", *types)(*common(gate_up_NC.dtype), of, *args))
+    return act_NI
+
+
+def weighted_swiglu_backward(
+    gate_up_NC: Tensor, d_z_NI: Tensor, weights_N: Tensor, *, alpha: float = 1.702, limit: float = 7.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.weighted_swiglu_backward` of fp32 or bf16 rows.
+
+    Raises:
+        ValueError: if shapes do not fit together.
+    """
+    of, gate_up_NC = _swiglu(gate_up_NC, alpha, limit)
+    if d_z_NI.shape != (of.rows, of.columns) or d_z_NI.dtype != gate_up_NC.dtype or weights_N.shape != (of.rows,):
+        shapes = f"{tuple(gate_up_NC.shape)}, {tuple(d_z_NI.shape)} and {tuple(weights_N.shape)}"
+        raise ValueError(f"gate_up, d_z and weights {shapes} are not [N, 2·I], [N, I] of one dtype and [N]")
+    d_z_NI, weights_N = d_z_NI.contiguous(), weights_N.float().contiguous()
+    z_NI, d_gate_up_NC, d_weights_N = (torch.empty_like(t) for t in (d_z_NI, gate_up_NC, weights_N))
+    # isa, threads, dtype, shape and constants, gate_up, d_z, weights, z, d_gate_up, d_weights
+    types = (INT, INT, INT, ctypes.POINTER(_SwiGLU), *(POINTER,) * 6)
+    args = (t.data_ptr() for t in (gate_up_NC, d_z_NI, weights_N, z_NI, d_gate_up_NC, d_weights_N))
+    check(function("gptoss_ft_swiglu_backward", *types)(*common(gate_up_NC.dtype), of, *args))
+    return z_NI, d_gate_up_NC, d_weights_N
+
+
+def combine(y_NI: Tensor, slots_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+    """`reference.combine` of fp32 or bf16 rows; weights are not rounded to their dtype.
+
+    Raises:
+        ValueError: if shapes do not fit together, or a slot is no row of `y`.
+    """
+    (T, K), I = slots_TK.shape, y_NI.shape[1]
+    if weights_TK is not None and weights_TK.shape != (T, K):
+        raise ValueError(f"weights {tuple(weights_TK.shape)} must be {(T, K)}")
+    if slots_TK.numel() and not 0 <= int(slots_TK.min()) <= int(slots_TK.max()) < y_NI.shape[0]:
+        raise ValueError(f"slots must be rows of y, 0 to {y_NI.shape[0] - 1}")
+    y_NI, slots_TK = y_NI.contiguous(), slots_TK.long().contiguous()
+    weights = None if weights_TK is None else weights_TK.float().contiguous()
+    out_TI = y_NI.new_empty(T, I)
+    # isa, threads, dtype, y, slots, weights, T, K, I, out
+    types = (INT, INT, INT, POINTER, POINTER, POINTER, LONG, LONG, LONG, POINTER)
+    pointers = (y_NI.data_ptr(), slots_TK.data_ptr(), None if weights is None else weights.data_ptr())
+    check(function("gptoss_ft_combine", *types)(*common(y_NI.dtype), *pointers, T, K, I, out_TI.data_ptr()))
+    return out_TI
+
+
+def low_rank_down(
+    x_NI: Tensor, factor_ERI: Tensor, ends_E: Sequence[int], experts: Collection[int] | None = None
+) -> Tensor:
+    """`reference.low_rank_down` of fp32 or bf16 rows.
+
+    Raises:
+        ValueError: if shapes or `ends_E` do not fit together.
+    """
+    x_NI, factor_ERI = x_NI.contiguous(), _columns_contiguous(factor_ERI)
+    h_NR = x_NI.new_empty(x_NI.shape[0], factor_ERI.shape[1], dtype=torch.float32)
+    factor = _factor(factor_ERI, h_NR, x_NI, ends_E, experts)
+    # isa, threads, dtype, factor, x, h
+    types = (INT, INT, INT, ctypes.POINTER(_Factor), POINTER, POINTER)
+    check(function("gptoss_ft_low_rank_down", *types)(*common(x_NI.dtype), factor, x_NI.data_ptr(), h_NR.data_ptr()))
+    return h_NR
+
+
+def low_rank_up_(
+    y_NI: Tensor,
+    h_NR: Tensor,
+    factor_ERI: Tensor,
+    scaling: float,
+    ends_E: Sequence[int],
+    experts: Collection[int] | None = None,
+) -> None:
+    """`reference.low_rank_up_` on contiguous fp32 or bf16 rows.
+
+    Raises:
+        ValueError: if shapes or `ends_E` do not fit together, or `y` is not contiguous.
+    """
+    if not y_NI.is_contiguous():
+        raise ValueError("y must be contiguous, to be added to in place")
+    h_NR, factor_ERI = h_NR.float().contiguous(), _columns_contiguous(factor_ERI)
+    factor = _factor(factor_ERI, h_NR, y_NI, ends_E, experts)
+    # isa, threads, dtype, factor, h, scaling, y
+    types = (INT, INT, INT, ctypes.POINTER(_Factor), POINTER, ctypes.c_float, POINTER)
+    args = (factor, h_NR.data_ptr(), scaling, y_NI.data_ptr())
+    check(function("gptoss_ft_low_rank_up", *types)(*common(y_NI.dtype), *args))
+
+
+def low_rank_gradient_(
+    d_factor_ERI: Tensor,
+    h_NR: Tensor,
+    x_NI: Tensor,
+    scaling: float,
+    ends_E: Sequence[int],
+    experts: Collection[int] | None = None,
+) -> None:
+    """`reference.low_rank_gradient_` from fp32 or bf16 rows into a tensor with contiguous columns.
+
+    Raises:
+        ValueError: if shapes or `ends_E` do not fit together, or the columns of `d_factor` are not contiguous.
+    """
+    if d_factor_ERI.stride(2) != 1:
+        raise ValueError("the columns of d_factor must be contiguous, to be written in place")
+    h_NR, x_NI = h_NR.float().contiguous(), x_NI.contiguous()
+    factor = _factor(d_factor_ERI, h_NR, x_NI, ends_E, experts)
+    # isa, threads, dtype, factor, h, x, scaling
+    types = (INT, INT, INT, ctypes.POINTER(_Factor), POINTER, POINTER, ctypes.c_float)
+    args = (factor, h_NR.data_ptr(), x_NI.data_ptr(), scaling)
+    check(function("gptoss_ft_low_rank_gradient", *types)(*common(x_NI.dtype), *args))
+
+
+def _swiglu(gate_up_NC: Tensor, alpha: float, limit: float) -> tuple[_SwiGLU, Tensor]:
+    if gate_up_NC.ndim != 2 or gate_up_NC.shape[1] % 2:
+        raise ValueError(f"gate_up {tuple(gate_up_NC.shape)} must be [N, 2·I]")
+    return _SwiGLU(gate_up_NC.shape[0], gate_up_NC.shape[1] // 2, alpha, limit), gate_up_NC.contiguous()
+
+
+def _columns_contiguous(factor_ERI: Tensor) -> Tensor:
+    return factor_ERI if factor_ERI.stride(2) == 1 else factor_ERI.contiguous()
+
+
+def _factor(
+    factor_ERI: Tensor, h_NR: Tensor, x_NI: Tensor, ends_E: Sequence[int], experts: Collection[int] | None
+) -> _Factor:
+    E, R, I = factor_ERI.shape
+    N = x_NI.shape[0]
+    if h_NR.shape != (N, R) or x_NI.shape != (N, I):
+        raise ValueError(f"h {tuple(h_NR.shape)}, rows {tuple(x_NI.shape)} and factor {(E, R, I)} do not fit together")
+    if len(ends_E) != E or list(ends_E) != sorted(ends_E) or min(ends_E) < 0 or max(ends_E) != N:
+        raise ValueError(f"ends_E must be {E} numbers that rise to {N}, not {list(ends_E)}")
+    adapted = None if experts is None else (ctypes.c_uint8 * E)(*(e in experts for e in range(E)))
+    strides = factor_ERI.stride()[:2]
+    ends = (LONG * E)(*ends_E)
+    return _Factor(factor_ERI.data_ptr(), DTYPES[factor_ERI.dtype], *strides, ends, adapted, E, R, I)
