@@ -77,6 +77,15 @@ def verify(words: list[str]) -> int:
     return 0 if verify.main(cfg) else 1
 
 
+def doctor(words: list[str]) -> int:
+    from gptoss_ft.config.load import load_command
+
+    cfg = load_command(schema.DoctorCommand, words)
+    from gptoss_ft.recipes import doctor
+
+    return 0 if doctor.main(cfg) else 1
+
+
 COMMANDS = {
     "init": Command(
         init,
@@ -106,6 +115,12 @@ COMMANDS = {
         schema.VerifyCommand,
         "reopen an export with other programs and compare it with the trained model",
         ("gptoss-ft verify run=runs/quickstart path=merged",),
+    ),
+    "doctor": Command(
+        doctor,
+        schema.DoctorCommand,
+        "check and time every kernel on this machine, and say what runs where and why; takes about half a minute",
+        ("gptoss-ft doctor", "gptoss-ft doctor device=cpu out=doctor.json"),
     ),
 }
 

@@ -10,8 +10,10 @@ import ctypes
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-from gptoss_ft.kernels.cpu_library import DTYPES, INT, LONG, POINTER, check, common, function
+from gptoss_ft.kernels.cpu_library import DTYPES, INT, LONG, POINTER, check, common, current_isa, function, running_in
 
 MAX_HEAD_DIM = 256
 
@@ -34,7 +36,7 @@ class _Attention(ctypes.Structure):
     )
 
 
-def refusal(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, sinks_H: Tensor, *, scaling: float) -> str:
+def refusal(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, sinks_H: Tensor, *, scaling: float, **_: object) -> str:
     """Why the library cannot compute with these CPU tensors; empty if it can."""
     D = q_BHTD.shape[-1]
     if any(tensor.device.type != "cpu" for tensor in (q_BHTD, k_BKSD, v_BKSD, sinks_H)):
@@ -46,6 +48,40 @@ def refusal(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, sinks_H: Tensor, *, 
     if not scaling > 0:
         return f"scaling {scaling} is not above zero"
     return ""
+
+
+def sink_attention(
+    q_BHTD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    sinks_H: Tensor,
+    *,
+    scaling: float,
+    window: int | None,
+    documents_BS: Tensor | None,
+) -> Tensor:
+    """`reference.sink_attention`; only the output and one number per row are kept for the backward pass."""
+    return _LibraryAttention.apply(q_BHTD, k_BKSD, v_BKSD, sinks_H, scaling, window, documents_BS)
+
+
+class _LibraryAttention(Function):
+    @staticmethod
+    def forward(ctx, q_BHTD, k_BKSD, v_BKSD, sinks_H, scaling, window, documents_BS):  # type: ignore[no-untyped-def]
+        out_BHTD, lse_BHT = sink_attention_forward(
+            q_BHTD, k_BKSD, v_BKSD, sinks_H, scaling=scaling, window=window, documents_BS=documents_BS
+        )
+        ctx.save_for_backward(q_BHTD, k_BKSD, v_BKSD, sinks_H, out_BHTD, lse_BHT, documents_BS)
+        ctx.scaling, ctx.window, ctx.isa = scaling, window, current_isa()
+        return out_BHTD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out_BHTD):  # type: ignore[no-untyped-def]
+        *operands, documents_BS = ctx.saved_tensors
+        gradients = running_in(ctx.isa, sink_attention_backward)(
+            d_out_BHTD, *operands, scaling=ctx.scaling, window=ctx.window, documents_BS=documents_BS
+        )
+        return *gradients, None, None, None
 
 
 def sink_attention_forward(

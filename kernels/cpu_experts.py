@@ -33,18 +33,6 @@ class _Factor(ctypes.Structure):
     )
 
 
-def refusal(activations: torch.dtype, factors: Sequence[Tensor]) -> str:
-    """Why the library cannot compute a block with these LoRA factors and biases; empty if it can."""
-    if activations not in DTYPES:
-        return f"the CPU library computes in bf16 and fp32, not {activations}"
-    for tensor in factors:
-        if tensor.device.type != "cpu":
-            return "operands are on different devices"
-        if tensor.dtype not in DTYPES:
-            return f"LoRA and biases must be bf16 or fp32, not {tensor.dtype}"
-    return ""
-
-
 def clamped_swiglu(gate_up_NC: Tensor, *, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
     """`reference.clamped_swiglu` of fp32 or bf16 rows `[N, 2·I]`."""
     of, gate_up_NC = _swiglu(gate_up_NC, alpha, limit)

@@ -5,9 +5,12 @@ The library is built when the package is installed; nothing is compiled here. Pr
 
 import ctypes
 import os
-from functools import cache
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import cache, wraps
 from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,16 +21,34 @@ LIBRARY_NAME = "libgptoss_ft_cpu.so"
 ISA_VARIABLE = "GPTOSS_FT_CPU_ISA"
 # In the order of the library's numbers: a processor that runs one runs all before it.
 ISAS = ("portable", "avx2", "avx512bf16")
+# What it means that a processor lacks one.
+MISSING = {
+    "avx512bf16": "the processor has no AVX-512 BF16 (AMD has it from Zen 4, Intel's Xeon from Sapphire Rapids): "
+    "bf16 is computed by slower fp32 instructions",
+    "avx2": "the processor has no AVX2 with FMA: portable code runs, which is slower still",
+}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
+P = ParamSpec("P")
+R = TypeVar("R")
+# The instruction set of the call in progress, where `running_in` chose it.
+_chosen_isa: ContextVar[str | None] = ContextVar("isa", default=None)
+
+
+@cache
+def library_file() -> Path | None:
+    """The library that was built with this package, or None if there was no compiler for it."""
+    found = resources.files("gptoss_ft.kernels").joinpath(LIBRARY_NAME)
+    return Path(str(found)) if found.is_file() else None
+
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library that was built with this package, or None if there was no compiler for it."""
-    found = resources.files("gptoss_ft.kernels").joinpath(LIBRARY_NAME)
-    return ctypes.CDLL(str(found)) if found.is_file() else None
+    """`library_file`, loaded."""
+    found = library_file()
+    return None if found is None else ctypes.CDLL(str(found))
 
 
 @cache
@@ -45,6 +66,7 @@ def function(name: str, *arguments: Any, result: Any = INT) -> Any:
     return found
 
 
+@cache
 def supported_isas() -> tuple[str, ...]:
     """The instruction sets of the library that this processor has, the best one last."""
     return ISAS[: function("gptoss_ft_best_isa")() + 1]
@@ -63,9 +85,52 @@ def selected_isa() -> str:
     return name
 
 
+def current_isa() -> str:
+    """The instruction set of the call in progress if `running_in` chose one, else `selected_isa`.
+
+    A backward pass comes after its call: it keeps what this was in the forward pass, and runs in the same.
+    """
+    return _chosen_isa.get() or selected_isa()
+
+
+def unavailable(isa: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why the library cannot compute by an instruction set on a device in a dtype, or is not to; empty if it can.
+
+    Raises:
+        ValueError: as `selected_isa` does.
+    """
+    if device.type != "cpu":
+        return f"it computes on the CPU, not on {device.type}"
+    if library() is None:
+        return "the CPU library was not built: install gptoss-ft again where g++ or clang is found"
+    if isa not in supported_isas():
+        return MISSING[isa]
+    if dtype not in DTYPES:
+        return f"it computes in fp32 and bf16, not {str(dtype).removeprefix('torch.')}"
+    forced = os.environ.get(ISA_VARIABLE)
+    if forced and selected_isa() != isa:
+        return f"{ISA_VARIABLE}={forced} is set: unset it to have the best one"
+    return ""
+
+
+def running_in(isa: str, function: Callable[P, R]) -> Callable[P, R]:
+    """A function of this library in an instruction set of choice, not the selected one."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        token = _chosen_isa.set(isa)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _chosen_isa.reset(token)
+
+    return run
+
+
 def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """`reference.dequantize_mxfp4` into fp32 or bf16."""
-    out = torch.empty(*scales.shape, BLOCK_SIZE, dtype=dtype)
+    # Not torch.empty, which a `with torch.device(...)` around the call would send elsewhere.
+    out = blocks.new_empty(*scales.shape, BLOCK_SIZE, dtype=dtype)
     args = (blocks.data_ptr(), scales.data_ptr(), scales.numel(), out.data_ptr())
     # isa, threads, dtype, blocks, scales, number of blocks, out
     types = (INT, INT, INT, POINTER, POINTER, LONG, POINTER)
@@ -83,7 +148,7 @@ def register_peak(isa: str, iterations: int) -> int:
 
 def common(dtype: torch.dtype) -> tuple[int, int, int]:
     """What every kernel takes first: the instruction set, the number of threads and the dtype."""
-    return ISAS.index(selected_isa()), torch.get_num_threads(), DTYPES[dtype]
+    return ISAS.index(current_isa()), torch.get_num_threads(), DTYPES[dtype]
 
 
 def check(status: int) -> None:

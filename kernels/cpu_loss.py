@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gptoss_ft.kernels.cpu_library import DTYPES, INT, LONG, POINTER, check, common, function
+from gptoss_ft.kernels.cpu_library import INT, LONG, POINTER, check, common, function
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,10 +25,3 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor) -> tu
     pointers = (gradient_TV.data_ptr(), targets_T.data_ptr(), weights_T.data_ptr())
     check(call(*common(logits_TV.dtype), *pointers, rows, vocabulary, losses_T.data_ptr()))
     return losses_T.float(), gradient_TV
-
-
-def refusal(logits_TV: Tensor) -> str:
-    """Why the library cannot take these logits; empty if it can."""
-    if logits_TV.dtype not in DTYPES:
-        return f"the CPU library computes in bf16 and fp32, not {str(logits_TV.dtype).removeprefix('torch.')}"
-    return ""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gptoss_ft.kernels.cpu_library import INT, ISAS, LONG, POINTER, check, function, selected_isa
+from gptoss_ft.kernels.cpu_library import INT, ISAS, LONG, POINTER, check, current_isa, function
 
 MAX_COLUMNS = 128
 
@@ -19,7 +19,7 @@ def round_columns(
     call = function("gptoss_ft_round_columns", INT, INT, *4 * (POINTER, LONG), POINTER, LONG, LONG)
     old = (None, 0) if old_OK is None else (old_OK.data_ptr(), old_OK.stride(0))
     operands = ((tensor.data_ptr(), tensor.stride(0)) for tensor in (steps_OK, spread_KK))
-    isa, threads = ISAS.index(selected_isa()), torch.get_num_threads()
+    isa, threads = ISAS.index(current_isa()), torch.get_num_threads()
     pointers = (rounded_OK.data_ptr(), rounded_OK.stride(0), *old, *(part for pair in operands for part in pair))
     check(call(isa, threads, *pointers, residuals_OK.data_ptr(), rows, columns))
     return rounded_OK, residuals_OK

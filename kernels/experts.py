@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptoss_ft.kernels import cpu_experts, dispatch, reference
+from gptoss_ft.kernels import dispatch, reference
 from gptoss_ft.kernels.reference import MXFP4Weight
 
 
@@ -108,15 +108,14 @@ class _ExpertBlock(torch.autograd.Function):
         (ends_E, alpha, limit), (gate_up_form, down_form), K = constants, forms, routing_TK.shape[1]
         gate_up = _assemble(gate_up_form, tensors[: gate_up_form.num_tensors])
         down = _assemble(down_form, tensors[gate_up_form.num_tensors :])
-        ops = _implementation(hidden_TH, gate_up, down)
 
-        gate_up_N2I, h_gate_up = _project(ops, hidden_TH.index_select(0, order_N // K), gate_up, ends_E)
-        act_NI = ops.clamped_swiglu(gate_up_N2I, alpha=alpha, limit=limit)
-        y_NH, h_down = _project(ops, act_NI, down, ends_E)
+        gate_up_N2I, h_gate_up = _project(hidden_TH.index_select(0, order_N // K), gate_up, ends_E)
+        act_NI = dispatch.clamped_swiglu(gate_up_N2I, alpha=alpha, limit=limit)
+        y_NH, h_down = _project(act_NI, down, ends_E)
 
         ctx.save_for_backward(hidden_TH, routing_TK, order_N, gate_up_N2I, *h_gate_up, *h_down, *tensors)
         ctx.constants, ctx.forms = constants, forms
-        return ops.combine(y_NH, order_N.argsort().view(-1, K), routing_TK)
+        return dispatch.combine(y_NH, order_N.argsort().view(-1, K), routing_TK)
 
     @staticmethod
     @once_differentiable
@@ -131,7 +130,7 @@ class _ExpertBlock(torch.autograd.Function):
         needs_gate_up = _take(needs, gate_up_form.num_tensors)[gate_up_form.num_frozen :]
         needs_down = needs[down_form.num_frozen :]
 
-        ops, K = _implementation(hidden_TH, gate_up, down), routing_TK.shape[1]
+        K = routing_TK.shape[1]
         token_N, slots_TK = order_N // K, order_N.argsort().view(-1, K)
         routing_N = routing_TK.flatten()[order_N].to(reference.accurate(hidden_TH.dtype))
         d_hidden_TH = d_routing_TK = None
@@ -141,28 +140,26 @@ class _ExpertBlock(torch.autograd.Function):
         # <g, y>, is then <d_act, act> and <g, bias>, so that y need not be kept.
         g_NH = d_out_TH.index_select(0, token_N)
         d_act_NI = _frozen_product_dx(g_NH, down, ends_E)
-        dh_down = _low_rank_backward(ops, g_NH, down, d_act_NI, ends_E)
-        weighted_act_NI, d_gate_up_N2I, d_routing_N = ops.weighted_swiglu_backward(
+        dh_down = _low_rank_backward(g_NH, down, d_act_NI, ends_E)
+        weighted_act_NI, d_gate_up_N2I, d_routing_N = dispatch.weighted_swiglu_backward(
             gate_up_N2I, d_act_NI, routing_N, alpha=alpha, limit=limit
         )
         del d_act_NI
         if needs_routing:
-            d_routing_N += ops.low_rank_down(g_NH, down.bias_EO[:, None], ends_E)[:, 0]
+            d_routing_N += dispatch.low_rank_down(g_NH, down.bias_EO[:, None], ends_E)[:, 0]
             d_routing_TK = d_routing_N[slots_TK].to(routing_TK.dtype)
         h_down = [routing_N[:, None] * h_NR for h_NR in h_down]
-        d_down = _factor_gradients(ops, weighted_act_NI, g_NH, down, h_down, dh_down, needs_down, ends_E)
+        d_down = _factor_gradients(weighted_act_NI, g_NH, down, h_down, dh_down, needs_down, ends_E)
         del weighted_act_NI, g_NH
 
         if needs_hidden or any(needs_gate_up):
             dx_NH = _frozen_product_dx(d_gate_up_N2I, gate_up, ends_E) if needs_hidden else None
-            dh_gate_up = _low_rank_backward(ops, d_gate_up_N2I, gate_up, dx_NH, ends_E)
+            dh_gate_up = _low_rank_backward(d_gate_up_N2I, gate_up, dx_NH, ends_E)
             if dx_NH is not None:
-                d_hidden_TH = ops.combine(dx_NH, slots_TK, None)
+                d_hidden_TH = dispatch.combine(dx_NH, slots_TK, None)
                 del dx_NH
             x_NH = hidden_TH.index_select(0, token_N)
-            d_gate_up = _factor_gradients(
-                ops, x_NH, d_gate_up_N2I, gate_up, h_gate_up, dh_gate_up, needs_gate_up, ends_E
-            )
+            d_gate_up = _factor_gradients(x_NH, d_gate_up_N2I, gate_up, h_gate_up, dh_gate_up, needs_gate_up, ends_E)
         frozen = [None] * gate_up_form.num_frozen, [None] * down_form.num_frozen
         return d_hidden_TH, d_routing_TK, None, None, None, *frozen[0], *d_gate_up, *frozen[1], *d_down
 
@@ -173,39 +170,28 @@ def _take(items: list[Any], count: int) -> list[Any]:
     return taken
 
 
-def _implementation(hidden_TH: Tensor, *projections: ExpertProjection) -> Any:
-    """`cpu_experts`, or `reference` for what the library cannot compute."""
-    operands = [projection.bias_EO for projection in projections]
-    operands += [factor for p in projections for update in p.low_rank for factor in (update.A_ERI, update.B_EOR)]
-    choice = dispatch.choose(hidden_TH.device, hidden_TH.dtype)
-    return reference if choice.refused or cpu_experts.refusal(hidden_TH.dtype, operands) else cpu_experts
-
-
-def _project(
-    ops: Any, x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]
-) -> tuple[Tensor, list[Tensor]]:
+def _project(x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """The projection of rows, and x·A^T of each update."""
     y_NO, h = _frozen_product(x_NI, projection, ends_E), []
     for update in projection.low_rank:
-        h.append(ops.low_rank_down(x_NI, update.A_ERI, ends_E, update.experts))
-        ops.low_rank_up_(y_NO, h[-1], _by_rank(update.B_EOR), update.scaling, ends_E, update.experts)
+        h.append(dispatch.low_rank_down(x_NI, update.A_ERI, ends_E, update.experts))
+        dispatch.low_rank_up_(y_NO, h[-1], _by_rank(update.B_EOR), update.scaling, ends_E, update.experts)
     return y_NO, h
 
 
 def _low_rank_backward(
-    ops: Any, dy_NO: Tensor, projection: ExpertProjection, dx_NI: Tensor | None, ends_E: Sequence[int]
+    dy_NO: Tensor, projection: ExpertProjection, dx_NI: Tensor | None, ends_E: Sequence[int]
 ) -> list[Tensor]:
     """The gradients of x·A^T of each update, whose parts in the gradient of x are added to `dx`."""
     dh = []
     for update in projection.low_rank:
-        dh.append(ops.low_rank_down(dy_NO, _by_rank(update.B_EOR), ends_E, update.experts).mul_(update.scaling))
+        dh.append(dispatch.low_rank_down(dy_NO, _by_rank(update.B_EOR), ends_E, update.experts).mul_(update.scaling))
         if dx_NI is not None:
-            ops.low_rank_up_(dx_NI, dh[-1], update.A_ERI, 1.0, ends_E, update.experts)
+            dispatch.low_rank_up_(dx_NI, dh[-1], update.A_ERI, 1.0, ends_E, update.experts)
     return dh
 
 
 def _factor_gradients(
-    ops: Any,
     x_NI: Tensor,
     dy_NO: Tensor,
     projection: ExpertProjection,
@@ -220,11 +206,11 @@ def _factor_gradients(
         dA_ERI = dB_EOR = None
         if needs[2 * i]:
             dA_ERI = torch.empty_like(update.A_ERI, memory_format=torch.contiguous_format)
-            ops.low_rank_gradient_(dA_ERI, dh[i], x_NI, 1.0, ends_E, update.experts)
+            dispatch.low_rank_gradient_(dA_ERI, dh[i], x_NI, 1.0, ends_E, update.experts)
         if needs[2 * i + 1]:
             E, O, R = update.B_EOR.shape
             dB_REO = update.B_EOR.new_empty(R, E, O)
-            ops.low_rank_gradient_(dB_REO.transpose(0, 1), h[i], dy_NO, update.scaling, ends_E, update.experts)
+            dispatch.low_rank_gradient_(dB_REO.transpose(0, 1), h[i], dy_NO, update.scaling, ends_E, update.experts)
             dB_EOR = dB_REO.flatten(0, 1).t().contiguous().view(O, R, E).permute(2, 0, 1)
         gradients += [dA_ERI, dB_EOR]
     return gradients

@@ -3,6 +3,7 @@
 A field without a default is required. Each section checks itself when it is built.
 """
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
@@ -231,3 +232,15 @@ class VerifyCommand:
 
     def __post_init__(self) -> None:
         require(self.max_tokens >= 1, "max_tokens", "1 or more", self.max_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorCommand:
+    """`gptoss-ft doctor`"""
+
+    device: str | None = key("cpu, cuda or cuda:N; null is the CPU and every GPU", default=None)
+    out: str | None = key("JSON file to write the report to as well", default=None)
+
+    def __post_init__(self) -> None:
+        known = self.device is None or re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None
+        require(known, "device", "cpu, cuda or cuda:N", self.device)

@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from gptoss_ft.errors import UserError
-from gptoss_ft.kernels.attention import sink_attention
+from gptoss_ft.kernels.dispatch import sink_attention
 
 # transformers treats names that contain that of one of its own implementations as that one.
 ATTENTION = "gptoss_ft"

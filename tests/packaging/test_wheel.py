@@ -24,7 +24,14 @@ SOURCES = (
 LIBRARY = "gptoss_ft/kernels/libgptoss_ft_cpu.so"
 # An environment need not be activated for its CMake and Ninja to be found.
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-PROBE = "import json; from gptoss_ft.kernels import dispatch; print(json.dumps(dispatch.describe()))"
+PROBE = """
+import json, torch
+from gptoss_ft.kernels import cases, dispatch
+draw = cases.Draw(torch.device("cpu"), torch.bfloat16)
+calls = [operation.case.call(draw, cases.AWKWARD) for operation in dispatch.OPERATIONS]
+choices = [op.choose(*call.args, **call.kwargs) for op, call in zip(dispatch.OPERATIONS, calls, strict=True)]
+print(json.dumps([(choice.implementation, choice.refused) for choice in choices]))
+"""
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))), reason="the CPU library needs GCC or Clang"
@@ -103,10 +110,10 @@ def test_wheel_is_for_any_python_on_this_platform(wheel):
 @needs_compiler
 def test_packed_experts_run_in_the_library(installed, tmp_path):
     binaries, _ = installed
-    rows = json.loads(run(binaries / "python", "-c", PROBE, cwd=tmp_path))
-    assert rows
-    for *_, implementation, refused in rows:
-        assert implementation.startswith("cpu/") and refused == ""
+    choices = json.loads(run(binaries / "python", "-c", PROBE, cwd=tmp_path))
+    assert choices
+    for implementation, refused in choices:
+        assert implementation.startswith("cpu/") and "was not built" not in str(refused)
 
 
 @pytest.mark.parametrize("options", [[], ["--editable"]], ids=["plain", "editable"])
@@ -118,11 +125,11 @@ def test_without_a_compiler_the_package_installs_and_says_what_runs_instead(opti
         (tools / name).symlink_to(shutil.which(name, path=PATH))
     binaries = new_environment(tmp_path / "venv", *options, checkout, PATH=str(tools), CC="", CXX="")
     assert not list((tmp_path / "venv").rglob("libgptoss_ft_cpu*"))
-    rows = json.loads(run(binaries / "python", "-c", PROBE, cwd=tmp_path))
-    assert rows
-    for *_, implementation, refused in rows:
+    choices = json.loads(run(binaries / "python", "-c", PROBE, cwd=tmp_path))
+    assert choices
+    for implementation, refused in choices:
         assert implementation == "torch"
-        assert "no C++ compiler when gptoss-ft was installed" in refused
+        assert all("was not built" in reason for _, reason, _ in refused)
 
 
 def test_package_comes_from_the_new_environment(installed, tmp_path):

@@ -1,6 +1,5 @@
-"""Every path of the CPU library against the torch reference in fp64, and the choice between the two."""
+"""Every path of the CPU library against the torch reference in fp64."""
 
-import logging
 from itertools import accumulate, product
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptoss_ft.kernels import cpu_gemm, cpu_library, dispatch, reference
+from gptoss_ft.kernels import cpu_gemm, cpu_library, reference
 from gptoss_ft.kernels.reference import MXFP4Weight
 
 built = pytest.mark.skipif(cpu_library.library() is None, reason="the CPU library was not built: no C++ compiler")
@@ -246,67 +245,3 @@ def test_mistakes_are_errors_and_never_reach_the_library():
     for refused in (torch.randn(32, 8).T, torch.randn(8, 32).double(), torch.randn(0, 32)):
         with pytest.raises(ValueError, match=r"must be \[E, O, I\], contiguous"):
             cpu_gemm.linear(x, refused, None)
-
-
-@built
-def test_an_instruction_set_that_does_not_run_here_is_an_error(monkeypatch):
-    monkeypatch.setenv(cpu_library.ISA_VARIABLE, "avx1024")
-    with pytest.raises(ValueError, match="GPTOSS_FT_CPU_ISA=avx1024: this processor runs portable"):
-        dispatch.describe()
-
-
-@built
-def test_dispatch_takes_the_library_and_says_which_path(isa):
-    assert {(row.implementation, row.refused) for row in dispatch.describe()} == {(f"cpu/{isa}", "")}
-    weight, x = random_weight(2, 64, 32), torch.randn(5, 32, dtype=torch.bfloat16)
-    ours = cpu_gemm.grouped_linear(x, weight, None, [2, 5])
-    assert torch.equal(dispatch.grouped_linear(x, weight, None, [2, 5]), ours)
-
-
-def test_without_a_library_the_reference_runs_and_one_line_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(cpu_library, "library", lambda: None)
-    dispatch._log_once.cache_clear()
-    weight, x = random_weight(2, 64, 32), torch.randn(5, 32, dtype=torch.bfloat16)
-    with caplog.at_level(logging.WARNING):
-        y = [dispatch.grouped_linear(x, weight, None, [2, 5]) for _ in range(2)]
-    assert torch.equal(y[0], reference.grouped_linear(x, weight, None, [2, 5]))
-    assert [record.message for record in caplog.records] == [
-        "packed experts run in plain torch, many times slower: "
-        "the CPU library was not built: no C++ compiler when gptoss-ft was installed"
-    ]
-    assert {row.implementation for row in dispatch.describe()} == {"torch"}
-
-
-@built
-@pytest.mark.parametrize(
-    ("case", "reason"),
-    [
-        ("fp64", "computes in bf16 and fp32, not float64"),
-        ("strided", "not contiguous uint8"),
-        ("48 outputs", "48 output features"),
-        ("gradient", "autograd is recording"),
-    ],
-)
-def test_what_the_library_refuses_runs_in_the_reference_with_its_reason(case, reason, caplog):
-    dispatch._log_once.cache_clear()
-    O = 48 if case == "48 outputs" else 64
-    weight, x = random_weight(2, O, 64), torch.randn(5, 64, dtype=torch.float64 if case == "fp64" else torch.float32)
-    if case == "strided":
-        weight = MXFP4Weight(*(t.repeat_interleave(2, 0)[::2] for t in weight))
-    x.requires_grad_(case == "gradient")
-    with caplog.at_level(logging.WARNING):
-        y = dispatch.grouped_linear(x, weight, None, [2, 5])
-    assert torch.equal(y, reference.grouped_linear(x, weight, None, [2, 5]))
-    assert y.requires_grad == (case == "gradient")
-    assert len(caplog.records) == 1 and reason in caplog.text
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 16), (3, 16), (0, 16)])
-def test_dispatched_decode_keeps_the_shape_and_errors_of_the_reference(shape):
-    blocks = torch.randint(0, 256, shape, dtype=torch.uint8)
-    scales = torch.randint(100, 130, shape[:-1], dtype=torch.uint8)
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        expected = reference.dequantize_mxfp4(blocks, scales, dtype)
-        assert torch.equal(dispatch.dequantize_mxfp4(blocks, scales, dtype), expected)
-    with pytest.raises(ValueError, match="scales"):
-        dispatch.dequantize_mxfp4(blocks[..., :8], scales, torch.bfloat16)

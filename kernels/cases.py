@@ -1,0 +1,220 @@
+"""Random operands for each operation: small and awkward for its self-check, of gpt-oss-20b's shape for its speed.
+
+T rows · E experts · I input features · O output features · G blocks of 32 inputs (I = 32·G) · B bytes per block (16)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers from which operands are drawn."""
+
+    rows_E: tuple[int, ...]
+    inputs: int
+    outputs: int
+    rank: int = 16
+    # Of attention: query heads for each key/value head, keys, and the window.
+    heads: tuple[int, int] = (64, 8)
+    head_dim: int = 64
+    keys: int = 1024
+    window: int = 128
+
+    @property
+    def ends_E(self) -> list[int]:
+        return list(accumulate(self.rows_E))
+
+
+# Few rows, none, and rows that fill no tile; features that fill no panel, and an odd number of blocks.
+AWKWARD = Size(rows_E=(3, 0, 19), inputs=288, outputs=96, heads=(6, 2), head_dim=40, keys=75, window=9)
+# For operations that take any number of features: no multiple of anything.
+ODD = Size(rows_E=(3, 0, 19), inputs=313, outputs=102, rank=5, heads=(6, 2), head_dim=40, keys=75, window=9)
+# gate_up of two or eight of gpt-oss-20b's experts, which takes a moment on either device.
+GPT_OSS_20B_CPU = Size(rows_E=(64, 64), inputs=2880, outputs=5760)
+GPT_OSS_20B_GPU = Size(rows_E=(256,) * 8, inputs=2880, outputs=5760)
+
+
+class Draw:
+    """A source of random tensors for one device and dtype; the same ones every time, and no global state is touched."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        # Drawn in fp32, so that bf16 operands are rounded like those of training.
+        return torch.randn(shape, generator=self._generator, device=self.device, dtype=torch.float32).to(self.dtype)
+
+    def whole(self, high: int, *shape: int) -> Tensor:
+        """Integers from 0 up to `high`."""
+        return torch.randint(high, shape, generator=self._generator, device=self.device)
+
+    def packed(self, E: int, O: int, I: int) -> MXFP4Weight:
+        """Weights with every code, and scales from 2^-12 to 2^-4."""
+        G = I // BLOCK_SIZE
+        return MXFP4Weight(self._bytes(0, 256, E, O, G, BLOCK_SIZE // 2), self._bytes(115, 124, E, O, G))
+
+    def _bytes(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, dtype=torch.uint8, generator=self._generator, device=self.device)
+
+
+class Call(NamedTuple):
+    """Arguments of an operation; tensors are among `args`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
+
+
+class Work(NamedTuple):
+    """What one call does, to be divided by its seconds: 10^9 floating-point operations, or bytes read and written."""
+
+    amount: float
+    unit: str
+
+
+class Case(NamedTuple):
+    """How to draw the arguments of an operation, and how much work they are at that size and in that dtype."""
+
+    call: Callable[[Draw, Size], Call]
+    work: Callable[[Size, torch.dtype], Work]
+
+
+def product_work(size: Size, dtype: torch.dtype) -> Work:
+    return Work(2e-9 * sum(size.rows_E) * size.inputs * size.outputs, "GFLOP/s")
+
+
+def rows_work(rows: float) -> Callable[[Size, torch.dtype], Work]:
+    """Reading and writing, together, `rows` times the output features of every row."""
+    return lambda size, dtype: Work(1e-9 * rows * sum(size.rows_E) * size.outputs * dtype.itemsize, "GB/s")
+
+
+def decode_work(size: Size, dtype: torch.dtype) -> Work:
+    elements = len(size.rows_E) * size.outputs * size.inputs
+    # Half a byte and a 32nd of a scale are read for each.
+    return Work(1e-9 * elements * (0.5 + 1 / BLOCK_SIZE + dtype.itemsize), "GB/s")
+
+
+def _grouped_linear(draw: Draw, size: Size) -> Call:
+    T, E, I, O = sum(size.rows_E), len(size.rows_E), size.inputs, size.outputs
+    return Call((draw.normal(T, I), draw.packed(E, O, I), draw.normal(E, O), size.ends_E))
+
+
+def _grouped_linear_dx(draw: Draw, size: Size) -> Call:
+    T, E, I, O = sum(size.rows_E), len(size.rows_E), size.inputs, size.outputs
+    return Call((draw.normal(T, O), draw.packed(E, O, I), size.ends_E))
+
+
+def _dequantize_mxfp4(draw: Draw, size: Size) -> Call:
+    return Call((*draw.packed(len(size.rows_E), size.outputs, size.inputs), draw.dtype))
+
+
+def _grouped_dense(draw: Draw, size: Size) -> Call:
+    T, E, I, O = sum(size.rows_E), len(size.rows_E), size.inputs, size.outputs
+    return Call((draw.normal(T, I), draw.normal(E, O, I), draw.normal(E, O), size.ends_E))
+
+
+def _grouped_dense_dx(draw: Draw, size: Size) -> Call:
+    T, E, I, O = sum(size.rows_E), len(size.rows_E), size.inputs, size.outputs
+    return Call((draw.normal(T, O), draw.normal(E, O, I), size.ends_E))
+
+
+def _linear(draw: Draw, size: Size) -> Call:
+    T, I, O = sum(size.rows_E), size.inputs, size.outputs
+    return Call((draw.normal(T, I), draw.normal(O, I), draw.normal(O)))
+
+
+def _linear_dx(draw: Draw, size: Size) -> Call:
+    T, I, O = sum(size.rows_E), size.inputs, size.outputs
+    return Call((draw.normal(T, O), draw.normal(O, I)))
+
+
+def _cross_entropy(draw: Draw, size: Size) -> Call:
+    T, V = sum(size.rows_E), size.outputs
+    weights_T = draw.normal(T).float().abs()
+    return Call((draw.normal(T, V), draw.whole(V, T), weights_T))
+
+
+def _clamped_swiglu(draw: Draw, size: Size) -> Call:
+    # Some beyond the limit of 7.
+    return Call((4 * draw.normal(sum(size.rows_E), size.outputs),))
+
+
+def _weighted_swiglu_backward(draw: Draw, size: Size) -> Call:
+    T, O = sum(size.rows_E), size.outputs
+    return Call((4 * draw.normal(T, O), draw.normal(T, O // 2), draw.normal(T).float()))
+
+
+def _combine(draw: Draw, size: Size) -> Call:
+    T = sum(size.rows_E)
+    # Four experts a token.
+    return Call((draw.normal(T, size.outputs), draw.whole(T, T // 2, 4), draw.normal(T // 2, 4)))
+
+
+def _low_rank_down(draw: Draw, size: Size) -> Call:
+    T, E, I = sum(size.rows_E), len(size.rows_E), size.inputs
+    return Call((draw.normal(T, I), draw.normal(E, size.rank, I), size.ends_E))
+
+
+def _low_rank_up_(draw: Draw, size: Size) -> Call:
+    T, E, O, R = sum(size.rows_E), len(size.rows_E), size.outputs, size.rank
+    return Call((draw.normal(T, O), draw.normal(T, R).float(), draw.normal(E, R, O), 0.5, size.ends_E))
+
+
+def _low_rank_gradient_(draw: Draw, size: Size) -> Call:
+    T, E, I, R = sum(size.rows_E), len(size.rows_E), size.inputs, size.rank
+    d_factor_ERI = torch.full((E, R, I), torch.nan, dtype=draw.dtype, device=draw.device)
+    return Call((d_factor_ERI, draw.normal(T, R).float(), draw.normal(T, I), 0.5, size.ends_E))
+
+
+def _sink_attention(draw: Draw, size: Size) -> Call:
+    (H, K), D, S = size.heads, size.head_dim, size.keys
+    tensors = (draw.normal(2, H, S, D), draw.normal(2, K, S, D), draw.normal(2, K, S, D), draw.normal(H))
+    # Two documents and padding.
+    documents_BS = torch.arange(S, device=draw.device).mul(5).div(2 * S, rounding_mode="floor").expand(2, S)
+    documents_BS = documents_BS.where(documents_BS < 2, -1).contiguous()
+    return Call(tensors, {"scaling": D**-0.5, "window": size.window, "documents_BS": documents_BS})
+
+
+def attention_work(size: Size, dtype: torch.dtype) -> Work:
+    return Work(4e-9 * 2 * size.heads[0] * size.head_dim * size.keys * min(size.window, size.keys), "GFLOP/s")
+
+
+def low_rank_work(size: Size, dtype: torch.dtype) -> Work:
+    return Work(2e-9 * sum(size.rows_E) * size.inputs * size.rank, "GFLOP/s")
+
+
+def _round_columns(draw: Draw, size: Size) -> Call:
+    O, K = size.outputs, min(size.inputs, 128)
+    steps_OK = torch.exp2(draw.normal(O, 1).round()).expand(O, K).contiguous()
+    spread_KK = draw.normal(K, K).div(K**0.5).triu(1)
+    return Call((3 * draw.normal(O, K), steps_OK, spread_KK, None))
+
+
+def rounding_work(size: Size, dtype: torch.dtype) -> Work:
+    return Work(1e-9 * size.outputs * min(size.inputs, 128) ** 2, "GFLOP/s")
+
+
+GROUPED_LINEAR = Case(_grouped_linear, product_work)
+GROUPED_LINEAR_DX = Case(_grouped_linear_dx, product_work)
+DEQUANTIZE_MXFP4 = Case(_dequantize_mxfp4, decode_work)
+GROUPED_DENSE = Case(_grouped_dense, product_work)
+GROUPED_DENSE_DX = Case(_grouped_dense_dx, product_work)
+LINEAR = Case(_linear, product_work)
+LINEAR_DX = Case(_linear_dx, product_work)
+CROSS_ENTROPY = Case(_cross_entropy, rows_work(2))
+CLAMPED_SWIGLU = Case(_clamped_swiglu, rows_work(1.5))
+WEIGHTED_SWIGLU_BACKWARD = Case(_weighted_swiglu_backward, rows_work(3))
+COMBINE = Case(_combine, rows_work(2.5))
+LOW_RANK_DOWN = Case(_low_rank_down, low_rank_work)
+LOW_RANK_UP_ = Case(_low_rank_up_, low_rank_work)
+LOW_RANK_GRADIENT_ = Case(_low_rank_gradient_, low_rank_work)
+SINK_ATTENTION = Case(_sink_attention, attention_work)
+ROUND_COLUMNS = Case(_round_columns, rounding_work)
