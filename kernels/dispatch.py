@@ -5,6 +5,7 @@ The functions have the names, signatures and meaning of `reference`. To add one:
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import ParamSpec, TypeVar
 
@@ -19,16 +20,23 @@ from gptoss_ft.kernels import (
     cpu_library,
     cpu_loss,
     cpu_rounding,
+    flex_attention,
     reference,
 )
+from gptoss_ft.kernels.gpu import packed_experts
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 from gptoss_ft.kernels.registry import Implementation, Operation, short
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# The fused kernels, and decoding with grouped_mm.
+FEW_AND_MANY_ROWS = (cases.AWKWARD, replace(cases.AWKWARD, rows_E=(250, 0, 210)))
 
-def _library(function: Callable[P, R], refusal: Callable[..., str]) -> tuple[Implementation[P, R], ...]:
+
+def _library(
+    function: Callable[P, R], refusal: Callable[..., str], check_sizes: tuple[cases.Size, ...] = (cases.AWKWARD,)
+) -> tuple[Implementation[P, R], ...]:
     """A function of the CPU library in each of its instruction sets."""
     return tuple(
         Implementation(
@@ -37,22 +45,34 @@ def _library(function: Callable[P, R], refusal: Callable[..., str]) -> tuple[Imp
             device_type="cpu",
             unavailable=partial(cpu_library.unavailable, isa),
             refusal=refusal,
+            check_sizes=check_sizes,
         )
         for isa in reversed(cpu_library.ISAS)
     )
+
+
+def _triton(
+    function: Callable[P, R],
+    unavailable: Callable[[torch.device, torch.dtype], str],
+    refusal: Callable[..., str],
+    check_sizes: tuple[cases.Size, ...] = (cases.AWKWARD,),
+) -> Implementation[P, R]:
+    return Implementation("triton", function, "cuda", unavailable, refusal, check_sizes)
 
 
 def _are_bytes(blocks: Tensor, scales: Tensor) -> bool:
     return blocks.dtype == scales.dtype == torch.uint8 and blocks.is_contiguous() and scales.is_contiguous()
 
 
-def _refuses_packed(rows: Tensor, weight: MXFP4Weight, *_: object) -> str:
-    if not _are_bytes(*weight):
-        # A copy would double the memory of the largest tensors there are.
-        return "packed weights are not contiguous uint8"
+def _refuses_strided(rows: Tensor, weight: MXFP4Weight, *_: object) -> str:
+    # A copy would double the memory of the largest tensors there are.
+    return "" if _are_bytes(*weight) else "packed weights are not contiguous uint8"
+
+
+def _refuses_packed(rows: Tensor, weight: MXFP4Weight, *rest: object) -> str:
     if weight.blocks_EOGB.ndim == 4 and weight.blocks_EOGB.shape[1] % BLOCK_SIZE:
         return f"{weight.blocks_EOGB.shape[1]} output features are no multiple of {BLOCK_SIZE}"
-    return ""
+    return _refuses_strided(rows, weight, *rest)
 
 
 def _refuses_blocks(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> str:
@@ -62,70 +82,99 @@ def _refuses_blocks(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> str:
     return "" if blocks.shape == (*scales.shape, BLOCK_SIZE // 2) else "there is not one scale for each block"
 
 
-def _refuses_dense(rows: Tensor, w_EOI: Tensor, *_: object) -> str:
-    if w_EOI.dtype not in cpu_library.DTYPES:
-        return f"weights are {short(w_EOI.dtype)}, not fp32 or bf16"
-    if not w_EOI.is_contiguous() or 0 in w_EOI.shape:
-        return "weights are not contiguous, or empty"
-    return ""
+def _refuses_dense(rows: Tensor, weight: Tensor, *_: object) -> str:
+    if weight.dtype not in cpu_library.DTYPES:
+        return f"weights are {short(weight.dtype)}, not fp32 or bf16"
+    # A copy would double their memory.
+    return "" if weight.is_contiguous() and weight.numel() else "weights are empty or not contiguous"
 
 
-def _refuses_factors(*args: object) -> str:
-    if any(isinstance(operand, Tensor) and operand.dtype not in ROWS_OR_INDICES for operand in args):
-        return "LoRA factors and rows are not all bf16 or fp32"
-    return ""
+def _refuses_dtypes(*args: object, **_: object) -> str:
+    floats = [operand for operand in args if isinstance(operand, Tensor) and operand.is_floating_point()]
+    wrong = [operand.dtype for operand in floats if operand.dtype not in cpu_library.DTYPES]
+    return f"an operand is {short(wrong[0])}, not fp32 or bf16" if wrong else ""
 
-
-def _never(*_: object, **__: object) -> str:
-    return ""
-
-
-ROWS_OR_INDICES = (*cpu_library.DTYPES, torch.int64, torch.int32)
 
 dequantize_mxfp4 = Operation(
-    reference.dequantize_mxfp4, _library(cpu_library.decode, _refuses_blocks), cases.DEQUANTIZE_MXFP4, exact=True
+    reference.dequantize_mxfp4,
+    (
+        _triton(packed_experts.dequantize_mxfp4, packed_experts.dequantize_unavailable, _refuses_blocks),
+        *_library(cpu_library.decode, _refuses_blocks),
+    ),
+    cases.DEQUANTIZE_MXFP4,
+    exact=True,
 )
 grouped_linear = Operation(
-    reference.grouped_linear, _library(cpu_gemm.grouped_linear, _refuses_packed), cases.GROUPED_LINEAR
+    reference.grouped_linear,
+    (
+        _triton(packed_experts.grouped_linear, packed_experts.unavailable, _refuses_strided, FEW_AND_MANY_ROWS),
+        *_library(cpu_gemm.grouped_linear, _refuses_packed),
+    ),
+    cases.GROUPED_LINEAR,
 )
 grouped_linear_dx = Operation(
-    reference.grouped_linear_dx, _library(cpu_gemm.grouped_linear_dx, _refuses_packed), cases.GROUPED_LINEAR_DX
+    reference.grouped_linear_dx,
+    (
+        _triton(packed_experts.grouped_linear_dx, packed_experts.unavailable, _refuses_strided, FEW_AND_MANY_ROWS),
+        *_library(cpu_gemm.grouped_linear_dx, _refuses_packed),
+    ),
+    cases.GROUPED_LINEAR_DX,
 )
 grouped_dense = Operation(
-    reference.grouped_dense, _library(cpu_gemm.grouped_dense, _refuses_dense), cases.GROUPED_DENSE
+    reference.grouped_dense, _library(cpu_gemm.grouped_dense, _refuses_dense, (cases.ODD,)), cases.GROUPED_DENSE
 )
 grouped_dense_dx = Operation(
-    reference.grouped_dense_dx, _library(cpu_gemm.grouped_dense_dx, _refuses_dense), cases.GROUPED_DENSE_DX
+    reference.grouped_dense_dx,
+    _library(cpu_gemm.grouped_dense_dx, _refuses_dense, (cases.ODD,)),
+    cases.GROUPED_DENSE_DX,
 )
-linear = Operation(reference.linear, _library(cpu_gemm.linear, _refuses_dense), cases.LINEAR)
-linear_dx = Operation(reference.linear_dx, _library(cpu_gemm.linear_dx, _refuses_dense), cases.LINEAR_DX)
-clamped_swiglu = Operation(reference.clamped_swiglu, _library(cpu_experts.clamped_swiglu, _never), cases.CLAMPED_SWIGLU)
+linear = Operation(reference.linear, _library(cpu_gemm.linear, _refuses_dense, (cases.ODD,)), cases.LINEAR)
+linear_dx = Operation(reference.linear_dx, _library(cpu_gemm.linear_dx, _refuses_dense, (cases.ODD,)), cases.LINEAR_DX)
+clamped_swiglu = Operation(
+    reference.clamped_swiglu, _library(cpu_experts.clamped_swiglu, _refuses_dtypes, (cases.ODD,)), cases.CLAMPED_SWIGLU
+)
 weighted_swiglu_backward = Operation(
     reference.weighted_swiglu_backward,
-    _library(cpu_experts.weighted_swiglu_backward, _never),
+    _library(cpu_experts.weighted_swiglu_backward, _refuses_dtypes, (cases.ODD,)),
     cases.WEIGHTED_SWIGLU_BACKWARD,
 )
-combine = Operation(reference.combine, _library(cpu_experts.combine, _never), cases.COMBINE)
+combine = Operation(reference.combine, _library(cpu_experts.combine, _refuses_dtypes, (cases.ODD,)), cases.COMBINE)
 low_rank_down = Operation(
-    reference.low_rank_down, _library(cpu_experts.low_rank_down, _refuses_factors), cases.LOW_RANK_DOWN
+    reference.low_rank_down, _library(cpu_experts.low_rank_down, _refuses_dtypes, (cases.ODD,)), cases.LOW_RANK_DOWN
 )
 low_rank_up_ = Operation(
-    reference.low_rank_up_, _library(cpu_experts.low_rank_up_, _refuses_factors), cases.LOW_RANK_UP_
+    reference.low_rank_up_, _library(cpu_experts.low_rank_up_, _refuses_dtypes, (cases.ODD,)), cases.LOW_RANK_UP_
 )
 low_rank_gradient_ = Operation(
     reference.low_rank_gradient_,
-    _library(cpu_experts.low_rank_gradient_, _refuses_factors),
+    _library(cpu_experts.low_rank_gradient_, _refuses_dtypes, (cases.ODD,)),
     cases.LOW_RANK_GRADIENT_,
+)
+cross_entropy = Operation(
+    reference.cross_entropy, _library(cpu_loss.cross_entropy, _refuses_dtypes, (cases.ODD,)), cases.CROSS_ENTROPY
 )
 sink_attention = Operation(
     reference.sink_attention,
-    _library(cpu_attention.sink_attention, cpu_attention.refusal),
+    (
+        Implementation(
+            "flex_attention",
+            flex_attention.sink_attention,
+            "cuda",
+            flex_attention.unavailable,
+            flex_attention.refusal,
+            check_sizes=(cases.ODD,),
+            poisoned=False,
+        ),
+        *_library(cpu_attention.sink_attention, cpu_attention.refusal, (cases.ODD,)),
+    ),
     cases.SINK_ATTENTION,
     differentiable=True,
 )
-cross_entropy = Operation(reference.cross_entropy, _library(cpu_loss.cross_entropy, _never), cases.CROSS_ENTROPY)
 round_columns = Operation(
-    reference.round_columns, _library(cpu_rounding.round_columns, cpu_rounding.refusal), cases.ROUND_COLUMNS
+    reference.round_columns,
+    _library(cpu_rounding.round_columns, cpu_rounding.refusal),
+    cases.ROUND_COLUMNS,
+    dtypes=(torch.float32,),
 )
 
 OPERATIONS: tuple[Operation, ...] = (

@@ -278,6 +278,28 @@ def round_columns(
     return wanted_OK, residuals_OK
 
 
+def check_packed_rows(
+    rows: Tensor, weight: MXFP4Weight, ends_E: Sequence[int], *, inputs: bool
+) -> tuple[int, int, int]:
+    """(E, O, I) of a product of packed weights with `rows`, its inputs `[T, I]` or the gradients of its outputs.
+
+    Raises:
+        ValueError: for whatever would make a kernel read or write out of bounds.
+    """
+    E, O, G, B = weight.blocks_EOGB.shape
+    I = G * BLOCK_SIZE
+    if weight.scales_EOG.shape != (E, O, G) or B != BLOCK_SIZE // 2:
+        blocks, scales = tuple(weight.blocks_EOGB.shape), tuple(weight.scales_EOG.shape)
+        raise ValueError(f"blocks {blocks} and scales {scales} are not [E, O, G, 16] and [E, O, G]")
+    if any(operand.dtype != torch.uint8 or not operand.is_contiguous() for operand in weight):
+        raise ValueError("packed weights must be contiguous uint8")
+    if rows.ndim != 2 or rows.shape[1] != (I if inputs else O):
+        raise ValueError(f"rows {tuple(rows.shape)} must be [T, {I if inputs else O}]")
+    if len(ends_E) != E or list(ends_E) != sorted(ends_E) or min(ends_E) < 0 or max(ends_E) != rows.shape[0]:
+        raise ValueError(f"ends_E must be {E} numbers that rise to {rows.shape[0]}, not {list(ends_E)}")
+    return E, O, I
+
+
 def _row_ranges(ends_E: Sequence[int]) -> list[tuple[int, slice]]:
     """(expert, its rows) for every expert that has rows."""
     starts = (0, *ends_E[:-1])

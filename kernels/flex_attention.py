@@ -1,0 +1,129 @@
+"""gpt-oss's attention on NVIDIA GPUs, through torch's flex_attention, with memory linear in the length.
+
+B sequences · H query heads · K key/value heads · T queries · S keys (as many) · D head dimension
+"""
+
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, create_block_mask, flex_attention
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gptoss_ft.kernels.gpu import device
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def unavailable(where: torch.device, dtype: torch.dtype) -> str:
+    """Why `sink_attention` cannot run there on tensors of `dtype`; empty if it can."""
+    return device.unavailable(where, dtype, DTYPES)
+
+
+def refusal(q_BHTD: Tensor, k_BKSD: Tensor, *_: object, **__: object) -> str:
+    """Why flex_attention cannot attend with these tensors; empty if it can."""
+    T, D, S = *q_BHTD.shape[-2:], k_BKSD.shape[-2]
+    if T != S:
+        return f"{T} queries of {S} keys are generation with a cache, and this attention is for training"
+    if D < 16:
+        return f"head dimension {D} is under 16, the least that tensor cores multiply"
+    return ""
+
+
+def sink_attention(
+    q_BHTD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    sinks_H: Tensor,
+    *,
+    scaling: float,
+    window: int | None,
+    documents_BS: Tensor | None,
+) -> Tensor:
+    """gpt-oss's causal attention, differentiable in its first four arguments: `[B, H, T, D]`.
+
+    A query sees its own position and those before it, `window` in all (None: no limit), which have its number in
+    `documents_BS` (None: one document). One of a negative number, as that of padding, sees nothing; its output is zero.
+    The sink is a logit of each query head that takes part in the softmax and has no value.
+
+    The first call for a new kind of mask or shape compiles. Masks are kept: those of documents as long as that very
+    tensor, so give every layer of a step the same one.
+    """
+    if documents_BS is None:
+        mask = _causal_mask(q_BHTD.shape[-2], window, q_BHTD.device)
+    else:
+        mask = _documents_mask(documents_BS, window)
+    return _compiled(_attend)(q_BHTD, k_BKSD, v_BKSD, sinks_H, mask, scaling)
+
+
+def _attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, sinks_H: Tensor, mask: BlockMask, scaling: float) -> Tensor:
+    out_BHTD, aux = flex_attention(
+        q_BHTD,
+        k_BKSD,
+        v_BKSD,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=True,
+        return_aux=AuxRequest(lse=True),
+        # Left to choose, torch may take a backend whose log-sum-exp has another base and no gradient.
+        kernel_options={"BACKEND": "TRITON"},
+    )
+    # What is left of the softmax beside the sink. flex_attention's backward takes the gradient of lse, so autograd does
+    # the rest. (A sigmoid would be the same number, but lose six times as much of the gradient of a small sink.)
+    with_sink_BHT = torch.logaddexp(aux.lse, sinks_H.to(aux.lse.dtype)[:, None])
+    share_BHT = torch.exp(aux.lse - with_sink_BHT)
+    return (out_BHTD * share_BHT[..., None]).to(q_BHTD.dtype)
+
+
+@lru_cache(maxsize=16)
+def _causal_mask(length: int, window: int | None, where: torch.device) -> BlockMask:
+    return _build_mask(_sees(window), 1, length, where)
+
+
+# Documents of a batch, held weakly, with their version when its masks were built, and these by window.
+_masks_of_documents: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _documents_mask(documents_BS: Tensor, window: int | None) -> BlockMask:
+    version, masks = _masks_of_documents.get(documents_BS, (None, {}))
+    if version != documents_BS._version:
+        masks = {}
+        _masks_of_documents[documents_BS] = (documents_BS._version, masks)
+    if window not in masks:
+        # A mask that held the tensor itself would keep it from ever being dropped.
+        sees = and_masks(_sees(window), _same_document(documents_BS.detach()))
+        masks[window] = _build_mask(sees, *documents_BS.shape, documents_BS.device)
+    return masks[window]
+
+
+def _sees(window: int | None) -> MaskMod:
+    def causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key <= query
+
+    def sliding(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key > query - window)
+
+    return causal if window is None else sliding
+
+
+def _same_document(documents_BS: Tensor) -> MaskMod:
+    def same(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = documents_BS[b, query]
+        return (own == documents_BS[b, key]) & (own >= 0)
+
+    return same
+
+
+def _build_mask(sees: MaskMod, num_sequences: int, length: int, where: torch.device) -> BlockMask:
+    return _compiled(create_block_mask)(sees, num_sequences, None, length, length, device=where)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Uncompiled, both functions hold length × length numbers; compiled, the share costs no further copy of the output.
+    # Masks, lengths known and not, and their remainders of a block multiply to more variants than torch's limit of 8.
+    return torch.compile(function, fullgraph=True, recompile_limit=64)

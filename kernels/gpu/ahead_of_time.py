@@ -1,0 +1,125 @@
+"""Compile the Triton kernels for GPUs that are not there, and say what their code is made of.
+
+    python -m gptoss_ft.kernels.gpu.ahead_of_time
+
+prints registers, spills, shared memory and tensor-core instructions of every kernel with the tiles it runs with, at the
+sizes of gpt-oss. That is no timing; it shows tiles that spill and products that miss the tensor cores.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.backends.nvidia
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gptoss_ft.kernels.gpu import mxfp4_kernels, packed_experts
+
+# A100 · L4 and RTX 40 · H100 and H200 · B200
+CAPABILITIES = (80, 89, 90, 100)
+TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+# (O, I) of gpt-oss's gate_up and down projections.
+GPT_OSS = ((5760, 2880), (2880, 2880))
+
+ARGUMENT_TYPES = {"blocks": "*u8", "scales": "*u8", "tiles_N3": "*i32", "num_blocks": "i32"}
+TENSOR_CORES = re.compile(r"\b((?:HMMA|HGMMA|UTC\w*MMA)[.\w]*)")
+LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
+
+
+class Build(NamedTuple):
+    """A kernel and the constants it is compiled with."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @property
+    def name(self) -> str:
+        tile = "×".join(str(value) for key, value in self.constants.items() if key.endswith("_"))
+        return f"{self.kernel.__name__.removesuffix('_kernel')} {tile}"
+
+
+class Code(NamedTuple):
+    """What one build is for one GPU. `spills` counts instructions that move registers to memory or back."""
+
+    registers: int
+    spills: int
+    shared_bytes: int
+    tensor_cores: tuple[str, ...]
+    flushes_subnormals: bool
+
+
+def builds(O: int, I: int) -> Iterator[Build]:
+    """Every kernel with every tile that it is launched with, for one projection."""
+    shape = {"O": O, "I": I, "OPERAND": tl.bfloat16}
+    for tile in packed_experts.FORWARD_TILES:
+        *sizes, warps, stages = tile
+        constants = shape | {"HAS_BIAS": True} | dict(zip(("T_", "O_", "I_"), sizes, strict=True))
+        yield Build(mxfp4_kernels.grouped_linear_kernel, constants, warps, stages)
+    for tile in packed_experts.BACKWARD_TILES:
+        *sizes, warps, stages = tile
+        constants = shape | dict(zip(("T_", "O_", "I_"), sizes, strict=True))
+        yield Build(mxfp4_kernels.grouped_linear_dx_kernel, constants, warps, stages)
+    yield Build(mxfp4_kernels.dequantize_kernel, {"N_": packed_experts.DECODE_TILE})
+    bias = {"O": O, "T_": packed_experts.BIAS_TILE_T, "O_": packed_experts.BIAS_TILE_O}
+    yield Build(mxfp4_kernels.add_bias_kernel, bias)
+
+
+def compile_for(capability: int, build: Build) -> Code:
+    """Compile one build, its tensors aligned as torch allocates them, and read its machine code."""
+    names = build.kernel.arg_names
+    types = {name: ARGUMENT_TYPES.get(name, "*bf16") for name in names if name not in build.constants}
+    source = ASTSource(
+        fn=build.kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs=build.constants,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, type in types.items() if type[0] == "*"},
+    )
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _output(TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name)
+        machine_code = _output(TOOLS / "nvdisasm", "-c", cubin.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump told no registers: {usage}")
+    return Code(
+        registers=int(registers[1]),
+        spills=len(LOCAL_MEMORY.findall(machine_code)),
+        shared_bytes=compiled.metadata.shared,
+        tensor_cores=tuple(sorted(set(TENSOR_CORES.findall(machine_code)))),
+        flushes_subnormals=".ftz" in compiled.asm["ptx"],
+    )
+
+
+def _output(*command: object) -> str:
+    return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("capabilities", nargs="*", type=int, default=CAPABILITIES, help="for example 80 90")
+    capabilities = parser.parse_args().capabilities
+    print("| O × I | kernel and tile | GPU | registers | spills | shared KiB | tensor cores |\n" + "|---" * 7 + "|")
+    for O, I in GPT_OSS:
+        for build in builds(O, I):
+            for capability in capabilities:
+                code = compile_for(capability, build)
+                cores = ", ".join(code.tensor_cores) or "-"
+                numbers = f"{code.registers} | {code.spills} | {code.shared_bytes / 1024:.0f}"
+                print(f"| {O} × {I} | {build.name} | sm_{capability} | {numbers} | {cores} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

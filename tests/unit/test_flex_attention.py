@@ -1,0 +1,132 @@
+"""Attention through flex_attention: its arithmetic, gradients and masks in torch's uncompiled mode on the CPU.
+
+That mode forms every score, and torch refuses gradients in it on a CPU; both are switched here. What GPUs run is the
+same graph compiled by torch, which these tests trace but cannot run.
+"""
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
+
+from gptoss_ft.kernels import flex_attention
+
+B, H, K, T, D, SCALING = 2, 4, 2, 150, 16, 0.3
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex_attention, "_compiled", lambda function: function)
+    flex_attention._causal_mask.cache_clear()
+
+
+def operands(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """q, k, v and sinks, some of which outweigh everything else."""
+    shapes = (B, H, T, D), (B, K, T, D), (B, K, T, D), (H,)
+    return [torch.randn(shape, dtype=torch.float64).to(dtype).mul_(2).requires_grad_() for shape in shapes]
+
+
+def packed_documents() -> Tensor:
+    """A short document, one longer than a block of the mask, and padding; beside them a sequence of one document."""
+    first = torch.cat([torch.full((n,), number) for n, number in ((9, 3), (131, 4), (10, -1))])
+    return torch.stack((first, torch.zeros(T, dtype=torch.int64)))
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None, documents: Tensor | None) -> Tensor:
+    """A softmax over every score, with the sink as one more; what a query sees is told pair by pair."""
+    numbers = [[0] * T] * B if documents is None else documents.tolist()
+    sees = torch.tensor(
+        [
+            [
+                [key <= query < key + (window or T) and own[query] == own[key] >= 0 for key in range(T)]
+                for query in range(T)
+            ]
+            for own in numbers
+        ]
+    )
+    k, v = (tensor.repeat_interleave(H // K, dim=1) for tensor in (k, v))
+    scores = (q @ k.mT * SCALING).masked_fill(~sees[:, None], -torch.inf)
+    sink = sinks.view(1, H, 1, 1).expand(B, H, T, 1)
+    return torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1] @ v
+
+
+@pytest.mark.parametrize("documents", [None, packed_documents()], ids=["one", "packed"])
+@pytest.mark.parametrize("window", [None, 1, 7, 140], ids=str)
+def test_output_and_gradients_are_those_of_a_softmax_with_one_more_logit(window, documents):
+    torch.manual_seed(0)
+    inputs, d_out = operands(), torch.randn(B, H, T, D, dtype=torch.float64)
+    out = flex_attention.sink_attention(*inputs, scaling=SCALING, window=window, documents_BS=documents)
+    truth = plain(*inputs, window, documents)
+    torch.testing.assert_close(out, truth, rtol=0, atol=1e-13)
+    gradients = (torch.autograd.grad(result, inputs, d_out) for result in (out, truth))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_padding_sees_nothing_and_gives_zeros():
+    documents = packed_documents()
+    out = flex_attention.sink_attention(*operands(), scaling=SCALING, window=None, documents_BS=documents)
+    padding = documents[0] < 0
+    assert padding.any() and (out[0, :, padding] == 0).all()
+    assert (out[0, :, ~padding] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_low_precision_errs_at_most_twice_as_much_as_plain_torch(dtype):
+    torch.manual_seed(1)
+    inputs, documents = operands(dtype), packed_documents()
+    d_out = torch.randn(B, H, T, D).to(dtype)
+    doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    ours = flex_attention.sink_attention(*inputs, scaling=SCALING, window=100, documents_BS=documents)
+    theirs, truth = plain(*inputs, 100, documents), plain(*doubles, 100, documents)
+    assert ours.dtype == dtype
+    results = (
+        (result, *torch.autograd.grad(result, leaves, d_out.to(result.dtype)))
+        for result, leaves in ((ours, inputs), (theirs, inputs), (truth, doubles))
+    )
+    for name, kernel, baseline, exact in zip(("out", "q", "k", "v", "sinks"), *results, strict=True):
+        error, budget = ((tensor.double() - exact).abs().max() for tensor in (kernel, baseline))
+        assert error <= 2 * budget, f"{name}: {error:.1e} > 2 x {budget:.1e}"
+
+
+def test_the_compiler_traces_it_whole_with_its_gradients(monkeypatch):
+    def traced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    torch.manual_seed(2)
+    documents, inputs = packed_documents(), operands(torch.float32)
+    arguments = {"scaling": SCALING, "window": 7, "documents_BS": documents}
+    expected = flex_attention.sink_attention(*inputs, **arguments)
+    flex_attention._masks_of_documents.clear()
+    monkeypatch.setattr(flex_attention, "_compiled", traced)
+    found = flex_attention.sink_attention(*inputs, **arguments)
+    gradients = (torch.autograd.grad(result.square().sum(), inputs) for result in (found, expected))
+    for ours, theirs in zip((found, *next(gradients)), (expected, *next(gradients)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_is_built_once_for_a_tensor_of_documents_and_dropped_with_it():
+    documents, masks = packed_documents(), flex_attention._masks_of_documents
+    gc.collect()
+    before = len(masks)
+    mask = flex_attention._documents_mask(documents, 7)
+    assert flex_attention._documents_mask(documents, 7) is mask
+    assert flex_attention._documents_mask(documents, None) is not mask
+    documents[1, :70] = 5
+    assert flex_attention._documents_mask(documents, 7) is not mask
+    assert len(masks) == before + 1
+    del documents
+    gc.collect()
+    assert len(masks) == before
+
+
+def test_it_refuses_generation_and_tiny_heads_in_words():
+    q, k = torch.empty(1, 4, 8, 16), torch.empty(1, 2, 8, 16)
+    assert flex_attention.refusal(q, k, k) == ""
+    assert "1 queries of 8 keys" in flex_attention.refusal(q[:, :, :1], k, k)
+    assert "head dimension 8" in flex_attention.refusal(q[..., :8], k[..., :8], k)

@@ -1,0 +1,120 @@
+"""The Triton kernels without a GPU: their results in the interpreter, their machine code, and when they are refused."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptoss_ft.kernels import flex_attention
+from gptoss_ft.kernels.gpu import packed_experts
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed: it has no wheel for this platform", allow_module_level=True)
+
+from gptoss_ft.kernels.gpu import ahead_of_time
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_results_in_the_interpreter():
+    # Triton reads the variable when it is imported, and other tests need it uninterpreted. The interpreter computes in
+    # numpy, which warns of the infinities and NaNs that extreme scales are tested for.
+    tests = Path(__file__).with_name("triton_interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-W", "ignore::RuntimeWarning", str(tests)]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(not (ahead_of_time.TOOLS / "ptxas").is_file(), reason="this triton was built without ptxas")
+@pytest.mark.parametrize(
+    "capability", [80, 90, *(pytest.param(capability, marks=pytest.mark.slow) for capability in (89, 100))]
+)
+def test_machine_code_of_every_tile_spills_nothing_and_multiplies_on_tensor_cores(capability):
+    # Both dimensions of the down projection leave a remainder of a tile.
+    for build in ahead_of_time.builds(2880, 2880):
+        code = ahead_of_time.compile_for(capability, build)
+        assert code.spills == 0, f"{build.name}: {code}"
+        assert not code.flushes_subnormals, f"{build.name} would decode small weights to 0"
+        # 99 KiB is what RTX 30 and 40 and the L4 let a program have.
+        assert code.shared_bytes <= 99 * 1024
+        assert bool(code.tensor_cores) == ("linear" in build.name), f"{build.name}: {code}"
+
+
+def test_a_tile_that_is_too_large_shows():
+    large = next(iter(ahead_of_time.builds(2880, 2880)))
+    large = large._replace(constants=large.constants | {"T_": 128, "O_": 256}, num_warps=4)
+    assert ahead_of_time.compile_for(80, large).spills > 100
+
+
+@pytest.fixture
+def nvidia(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with an A100, as torch tells it."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    monkeypatch.setenv("CC", "gcc")
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("nvidia")
+def test_ampere_with_triton_is_accepted():
+    assert packed_experts.unavailable(CUDA, torch.bfloat16) == ""
+    assert packed_experts.unavailable(CUDA, torch.float32) == "the GPU kernels compute in bfloat16, not float32"
+    assert (
+        flex_attention.unavailable(CUDA, torch.float32) == packed_experts.dequantize_unavailable(CUDA, torch.half) == ""
+    )
+    assert "not float64" in packed_experts.dequantize_unavailable(CUDA, torch.float64)
+
+
+@pytest.mark.parametrize(
+    "unavailable",
+    [packed_experts.unavailable, packed_experts.dequantize_unavailable, flex_attention.unavailable],
+    ids=["products", "decode", "attention"],
+)
+def test_other_machines_are_refused_in_words(unavailable, nvidia):
+    def reason(device: torch.device = CUDA) -> str:
+        return unavailable(device, torch.bfloat16)
+
+    assert "NVIDIA GPUs, not xpu" in reason(torch.device("xpu"))
+    nvidia.delenv("CC")
+    nvidia.setattr("shutil.which", lambda _: None)
+    assert "C compiler: install gcc" in reason()
+    nvidia.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "triton is not installed" in reason()
+    nvidia.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    nvidia.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert reason() == "Tesla T4 has compute capability 7.5; the GPU kernels need 8.0"
+    nvidia.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no NVIDIA GPU" in reason()
+    nvidia.setattr(torch.version, "hip", "7.0")
+    assert "AMD" in reason()
+
+
+def test_rows_per_expert_decide_between_the_two_ways(monkeypatch):
+    ends, rows = [0, 300, 300, 384], torch.empty(384, 64, dtype=torch.bfloat16)
+    assert packed_experts._decodes_chunks(rows, 64, ends)
+    assert not packed_experts._decodes_chunks(rows[:383], 64, [0, 300, 300, 383])
+    assert not packed_experts._decodes_chunks(rows, 36, ends), "grouped_mm would pad its rows of 72 bytes"
+    monkeypatch.setenv(packed_experts.FUSED_ROWS_VARIABLE, "193")
+    assert not packed_experts._decodes_chunks(rows, 64, ends)
+    monkeypatch.setenv(packed_experts.FUSED_ROWS_VARIABLE, "many")
+    with pytest.raises(ValueError, match="GPTOSS_FT_FUSED_ROWS=many: give a number"):
+        packed_experts.fused_rows()
+
+
+def test_a_chunk_of_decoded_weights_stays_within_its_bytes_and_no_row_is_left_out(monkeypatch):
+    shapes = []
+    monkeypatch.setattr(packed_experts, "_dequantize_into", lambda out, *_: shapes.append(tuple(out.shape)))
+    monkeypatch.setattr(packed_experts, "CHUNK_BYTES", 3 * 64 * 32 * 2)
+    weight = packed_experts.MXFP4Weight(*(torch.zeros(8, 64, 1, *rest, dtype=torch.uint8) for rest in ((16,), ())))
+    chunks = packed_experts._decoded_chunks(weight, [2, 2, 5, 5, 5, 5, 6, 9], torch.bfloat16)
+    assert [(experts, rows, ends) for experts, rows, ends, _ in chunks] == [
+        (slice(0, 3), slice(0, 5), [2, 2, 5]),
+        (slice(6, 8), slice(5, 9), [1, 4]),
+    ]
+    assert shapes == [(3, 64, 32), (2, 64, 32)]
