@@ -16,7 +16,7 @@ from gptoss_ft.kernels.cases import Call
 
 # fp32 torch adds in more partial sums than a kernel has registers and hardly errs on a few hundred terms. Twice so
 # little would fail kernels for the order of their additions.
-FLOOR = 2.0**-20
+FLOOR = 2.0**-19
 
 _ALLOCATIONS = {
     *(torch.empty, torch.empty_like, torch.empty_strided),

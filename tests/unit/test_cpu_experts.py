@@ -161,17 +161,3 @@ def test_mistakes_are_errors_and_never_reach_the_library():
         cpu_experts.clamped_swiglu(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"are not \[N, 2·I\], \[N, I\] of one dtype"):
         cpu_experts.weighted_swiglu_backward(torch.zeros(2, 4), torch.zeros(2, 2).bfloat16(), torch.ones(2))
-
-
-@pytest.mark.parametrize(
-    ("activations", "factor", "reason"),
-    [
-        (torch.float64, torch.zeros(1), "computes in bf16 and fp32, not torch.float64"),
-        (torch.float32, torch.zeros(1, dtype=torch.float16), "must be bf16 or fp32, not torch.float16"),
-        (torch.float32, torch.zeros(1, device="meta"), "different devices"),
-        (torch.bfloat16, torch.zeros(1), ""),
-    ],
-)
-def test_what_the_library_cannot_compute_is_refused_with_its_reason(activations, factor, reason):
-    assert cpu_experts.refusal(activations, [factor]).endswith(reason)
-    assert bool(cpu_experts.refusal(activations, [factor])) == bool(reason)
