@@ -10,6 +10,7 @@ from gptoss_ft.config.schema import ExportCommand, TrainConfig
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import export_adapter, read_adapter
 from gptoss_ft.export.fingerprint import check_fingerprint
+from gptoss_ft.export.gguf_adapter import export_adapter_gguf
 from gptoss_ft.export.merge import MergeFormat, merge
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.training.run_folder import RunFolder, write_json
@@ -21,9 +22,10 @@ def main(cfg: ExportCommand) -> Path:
 
 
 def export_run(run_path: Path, format: str, out: Path, *, base: Path | None = None) -> Path:
-    """Export a run's adapter as it is, or merged into its base as bf16 or MXFP4; a merge is recorded in the run folder.
+    """Export a run's adapter, alone or merged into its base; a merge is recorded in the run folder.
 
     Args:
+        format: a name of `ExportFormat`.
         base: the base checkpoint, if it is no longer where the run's config says.
 
     Raises:
@@ -34,6 +36,8 @@ def export_run(run_path: Path, format: str, out: Path, *, base: Path | None = No
     check_fingerprint(run.path, checkpoint)
     if format == "adapter":
         return export_adapter(run.adapter, out, checkpoint)
+    if format == "adapter_gguf":
+        return export_adapter_gguf(run.adapter, out, checkpoint)
     deltas = read_adapter(run.adapter, checkpoint.spec)
     report = merge(checkpoint, deltas, out, format=cast(MergeFormat, format))
     write_json(record_path(run, "merge", format, out), report.to_dict())

@@ -40,7 +40,7 @@ Schedule = StrEnum(
 )
 Optim = StrEnum("Optim", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"])
 Reporter = StrEnum("Reporter", ["none", "wandb", "tensorboard"])
-ExportFormat = StrEnum("ExportFormat", ["adapter", "bf16", "mxfp4"])
+ExportFormat = StrEnum("ExportFormat", ["adapter", "adapter_gguf", "bf16", "mxfp4", "original", "gguf", "gguf_q8_0"])
 
 ATTENTION_TARGETS = (Target.attention, Target.all, Target.q_proj, Target.k_proj, Target.v_proj, Target.o_proj)
 

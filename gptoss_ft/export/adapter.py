@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gptoss_ft.errors import UserError
-from gptoss_ft.export.merge import LowRankDelta, check_deltas, weight_shapes
+from gptoss_ft.export.deltas import LowRankDelta, check_deltas, weight_shapes
 from gptoss_ft.files import whole_folder
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.spec import GptOssSpec

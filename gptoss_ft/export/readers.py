@@ -89,7 +89,7 @@ def open_with_peft(base: Path, adapter: Path) -> Reader:
 
 
 def open_with_gpt_oss(folder: Path) -> Reader:
-    """OpenAI's reference implementation, reading an HF folder through its own `Checkpoint`.
+    """OpenAI's reference implementation, reading a folder in HF names or its own through its own `Checkpoint`.
 
     Raises:
         NotRun: if it is not installed or the memory does not suffice.
@@ -98,7 +98,11 @@ def open_with_gpt_oss(folder: Path) -> Reader:
     reference, weights = _import_gpt_oss("model"), _import_gpt_oss("weights")
     _check_memory(checkpoint)
     model = reference.Transformer(reference.ModelConfig(**checkpoint.spec.original_config()), torch.device("cpu"))
-    source = _original_names(weights.Checkpoint)(checkpoint)
+    source = (
+        weights.Checkpoint(str(folder), torch.device("cpu"))
+        if checkpoint.layout == "original"
+        else _original_names(weights.Checkpoint)(checkpoint)
+    )
     for name, parameter in model.named_parameters():
         parameter.data.copy_(source.get(name))
     expert_bytes = 4 * sum(map(math.prod, checkpoint.spec.expert_shapes().values()))

@@ -6,7 +6,7 @@ P positions · V vocabulary
 """
 
 import filecmp
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,12 @@ from gptoss_ft.adapters.save import load_adapter
 from gptoss_ft.data.dataset import IGNORED_LABEL, Sample
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import CONFIG_FILE, read_adapter
+from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.distance import Distances
+from gptoss_ft.export.gguf_adapter import read_adapter_gguf
+from gptoss_ft.export.gguf_layout import ADAPTER_FILE, MODEL_FILE
+from gptoss_ft.export.gguf_read import GgufModel
+from gptoss_ft.export.llama_cpp import LlamaCpp, open_adapter_with_llama_cpp
 from gptoss_ft.export.readers import (
     NotRun,
     Reader,
@@ -31,12 +36,15 @@ from gptoss_ft.export.readers import (
     open_with_transformers,
     transformers_reader,
 )
-from gptoss_ft.export.verdict import Reading, VerifyReport, WeightCheck
+from gptoss_ft.export.verdict import ARITHMETIC_NOISE, LLAMA_CPP_NOISE, Reading, VerifyReport, WeightCheck
 from gptoss_ft.export.weights import checkpoint_distances, delta_distances
 from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.spec import ORIGINAL_KEYS
 
-Format = Literal["adapter", "bf16", "mxfp4"]
-# What a server needs beside the weights; an export has each that its base has.
+Format = Literal["adapter", "adapter_gguf", "bf16", "mxfp4", "original", "gguf", "gguf_q8_0"]
+Contents = Mapping[str, LowRankDelta] | Checkpoint | GgufModel
+LLAMA_CPP = "llama-cpp-python"
+# What a server needs beside the weights in HF names; an export has each that its base has.
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -74,9 +82,10 @@ def verify_export(
             suffice for the trained model.
     """
     base_checkpoint = Checkpoint.open(base)
-    format = check_export(base_checkpoint, export)
+    format, contents = open_export(base_checkpoint, export)
     excerpts = select_positions(samples, max_tokens)
-    weights = check_weights(base_checkpoint, adapter, export, format, progress)
+    weights = check_weights(base_checkpoint, adapter, contents, progress)
+    del contents
     trained_PV, base_distances = trained_logits(base_checkpoint, adapter, excerpts, progress)
     readings, not_run = read_export(base, export, format, excerpts, trained_PV, progress)
     return VerifyReport(
@@ -90,24 +99,38 @@ def verify_export(
     )
 
 
-def check_export(base: Checkpoint, export: Path) -> Format:
-    """The format of an exported folder, once it is known to be a whole one of this base.
+def open_export(base: Checkpoint, export: Path) -> tuple[Format, Contents]:
+    """The format of an exported folder and what it holds, once it is known to be a whole one of this base.
 
     Raises:
-        UserError: naming the file, tensor or size at fault.
+        UserError: naming the file, key, tensor or size at fault.
     """
     if (export / CONFIG_FILE).is_file():
-        read_adapter(export, base.spec)
-        return "adapter"
+        return "adapter", read_adapter(export, base.spec)
+    if (export / ADAPTER_FILE).is_file():
+        return "adapter_gguf", read_adapter_gguf(export / ADAPTER_FILE, base.spec)
+    if (export / MODEL_FILE).is_file():
+        model = GgufModel(export / MODEL_FILE, base)
+        return model.format, model
     checkpoint = Checkpoint.open(export)
-    if checkpoint.layout == "original":
-        raise UserError(f"{export} is in the original layout, which is no export format: give an exported folder")
-    for name, value in vars(base.spec).items():
-        if getattr(checkpoint.spec, name) != value:
+    _check_sizes(base, checkpoint)
+    if checkpoint.layout != "original":
+        _check_companions(base, export)
+    return checkpoint.layout, checkpoint
+
+
+def _check_sizes(base: Checkpoint, export: Checkpoint) -> None:
+    # The original config says less, and an HF one that was made from it says what it implies.
+    names = ORIGINAL_KEYS.values() if export.layout == "original" else vars(base.spec)
+    for name in names:
+        if getattr(export.spec, name) != getattr(base.spec, name):
             raise UserError(
-                f"{export / 'config.json'}: {name} is {getattr(checkpoint.spec, name)!r}, but the base has {value!r}: "
-                "it is no export of this run"
+                f"{export.path / 'config.json'}: {name} is {getattr(export.spec, name)!r}, but the base has "
+                f"{getattr(base.spec, name)!r}: it is no export of this run"
             )
+
+
+def _check_companions(base: Checkpoint, export: Path) -> None:
     for name in COMPANIONS:
         if not (base.path / name).is_file():
             continue
@@ -115,7 +138,6 @@ def check_export(base: Checkpoint, export: Path) -> Format:
             raise UserError(f"{export} has no {name}: export again, or copy it from {base.path}")
         if not filecmp.cmp(base.path / name, export / name, shallow=False):
             raise UserError(f"{export / name} is not the base's: export again, or copy it from {base.path}")
-    return checkpoint.layout
 
 
 def select_positions(samples: Sequence[Sample], max_tokens: int) -> list[Excerpt]:
@@ -136,13 +158,13 @@ def select_positions(samples: Sequence[Sample], max_tokens: int) -> list[Excerpt
     return excerpts
 
 
-def check_weights(base: Checkpoint, adapter: Path, export: Path, format: Format, progress: bool = False) -> WeightCheck:
+def check_weights(base: Checkpoint, adapter: Path, contents: Contents, progress: bool = False) -> WeightCheck:
     """Compare all weights, file with file."""
     deltas = read_adapter(adapter, base.spec)
     distances = (
-        delta_distances(deltas, read_adapter(export, base.spec))
-        if format == "adapter"
-        else checkpoint_distances(base, deltas, Checkpoint.open(export))
+        checkpoint_distances(base, deltas, contents)
+        if isinstance(contents, Checkpoint | GgufModel)
+        else delta_distances(deltas, contents)
     )
     return WeightCheck.of(tqdm(distances, desc="comparing the files", unit=" weights", disable=not progress))
 
@@ -193,6 +215,7 @@ def read_export(
                 is_ours=program == "gptoss-ft",
                 from_trained=Distances.between(trained_PV, logits_PV),
                 from_first=from_first,
+                noise=LLAMA_CPP_NOISE if program == LLAMA_CPP else ARITHMETIC_NOISE,
             )
         )
         first_PV = logits_PV if first_PV is None else first_PV
@@ -201,8 +224,13 @@ def read_export(
 
 def _readers(base: Path, export: Path, format: Format) -> list[tuple[str, Callable[[], Reader]]]:
     """Programs by their package's name, in order of trust; the first is what the others are compared with."""
-    if format == "adapter":
-        return [("peft", lambda: open_with_peft(base, export)), ("gpt-oss", _no_adapters)]
+    match format:
+        case "adapter":
+            return [("peft", lambda: open_with_peft(base, export)), ("gpt-oss", _no_adapters)]
+        case "adapter_gguf":
+            return [(LLAMA_CPP, lambda: open_adapter_with_llama_cpp(base, export / ADAPTER_FILE))]
+        case "gguf" | "gguf_q8_0":
+            return [(LLAMA_CPP, lambda: LlamaCpp(export / MODEL_FILE))]
     return [
         ("transformers", lambda: open_with_transformers(export)),
         ("gpt-oss", lambda: open_with_gpt_oss(export)),

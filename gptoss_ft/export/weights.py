@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gptoss_ft.export.merge import LowRankDelta
+from gptoss_ft.export.deltas import LowRankDelta
+from gptoss_ft.export.gguf_layout import through_q8_0
+from gptoss_ft.export.gguf_read import GgufModel
 from gptoss_ft.kernels.dispatch import dequantize_mxfp4
 from gptoss_ft.kernels.reference import BLOCK_SIZE
 from gptoss_ft.model.checkpoint import Checkpoint
 
 CHUNK_ROWS = 4096
 
-Kind = Literal["copied", "update", "bf16", "mxfp4"]
+Kind = Literal["copied", "update", "bf16", "q8_0", "mxfp4"]
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,10 @@ class WeightDistance:
 
 
 def checkpoint_distances(
-    base: Checkpoint, deltas: Mapping[str, LowRankDelta], export: Checkpoint
+    base: Checkpoint, deltas: Mapping[str, LowRankDelta], export: Checkpoint | GgufModel
 ) -> Iterator[WeightDistance]:
-    """How far every tensor of a merged checkpoint is from base + deltas, experts one by one."""
+    """How far every tensor of a merged model is from base + deltas, experts one by one."""
+    rounded = export.rounded if isinstance(export, GgufModel) else set()
     for name, tensor in base.spec.tensors("bf16").items():
         delta = deltas.get(name)
         if len(tensor.shape) == 3:
@@ -52,14 +55,19 @@ def checkpoint_distances(
                 target_OK, found_OK = _expert(base, name, expert), _expert(export, name, expert)
                 changed = _add(target_OK, delta, expert)
                 yield WeightDistance(name, _kind(base, export, changed), worst_block(target_OK, found_OK), expert)
-        elif delta is not None:
+        elif delta is not None and delta.factors():
             target_OK = base.read(name).float()
-            changed = _add(target_OK, delta)
-            yield WeightDistance(name, "bf16" if changed else "copied", worst_block(target_OK, export.read(name)))
+            _add(target_OK, delta)
+            kind: Kind = "q8_0" if name in rounded else "bf16"
+            yield WeightDistance(name, kind, worst_block(target_OK, export.read(name)))
         else:
             num_rows = tensor.shape[0]
             chunks = [(start, min(start + CHUNK_ROWS, num_rows)) for start in range(0, num_rows, CHUNK_ROWS)]
-            worst = max(worst_block(base.read(name, *rows), export.read(name, *rows)) for rows in chunks)
+            # What ggml makes of the base's numbers is known to the bit.
+            wanted = through_q8_0 if name in rounded else Tensor.float
+            worst = max(
+                worst_block(wanted(base.read(name, *rows)), export.read(name, *rows).float()) for rows in chunks
+            )
             yield WeightDistance(name, "copied", worst)
 
 
@@ -88,7 +96,7 @@ def _block_norms(values: Tensor) -> Tensor:
     return pad(values, (0, -values.shape[-1] % BLOCK_SIZE)).unflatten(-1, (-1, BLOCK_SIZE)).norm(dim=-1)
 
 
-def _expert(checkpoint: Checkpoint, name: str, expert: int) -> Tensor:
+def _expert(checkpoint: Checkpoint | GgufModel, name: str, expert: int) -> Tensor:
     """An expert's weight, fp32 [O, K]."""
 
     def read(part: str) -> Tensor:
@@ -109,7 +117,7 @@ def _add(weight_OK: Tensor, delta: LowRankDelta | None, expert: int | None = Non
     return True
 
 
-def _kind(base: Checkpoint, export: Checkpoint, changed: bool) -> Kind:
+def _kind(base: Checkpoint, export: Checkpoint | GgufModel, changed: bool) -> Kind:
     if export.layout == "bf16":
         return "bf16" if changed else "copied"
     return "mxfp4" if changed or base.layout == "bf16" else "copied"

@@ -73,12 +73,13 @@ def _write_file(path: Path, tensors: list[Entry], metadata: dict[str, str], bar:
     with path.open("wb") as file:
         file.write(_header(tensors, metadata))
         for name, spec, produce in tensors:
-            written = sum(_write_pieces(file, produce(), bar))
+            written = sum(write_pieces(file, produce(), bar))
             if written != spec.nbytes:
                 raise RuntimeError(f"the producer of {name} gave {written} bytes where {spec} needs {spec.nbytes}")
 
 
-def _write_pieces(file: BinaryIO, pieces: Iterable[Tensor | bytes], bar: tqdm) -> Iterator[int]:
+def write_pieces(file: BinaryIO, pieces: Iterable[Tensor | bytes], bar: tqdm) -> Iterator[int]:
+    """Write pieces one after another, yielding how many bytes each had."""
     for piece in pieces:
         data = piece.contiguous().flatten().view(torch.uint8).numpy().data if isinstance(piece, Tensor) else piece
         file.write(data)

@@ -93,7 +93,24 @@ def test_a_folder_has_one_record_however_it_is_spelled(run, tmp_path, monkeypatc
     assert record_path(RunFolder("run"), "verify", "mxfp4", run / "export" / "mxfp4").name == "verify-mxfp4.json"
 
 
-@pytest.mark.parametrize("format", ["adapter", "mxfp4"])
+@pytest.mark.parametrize(
+    ("format", "files"),
+    [
+        ("adapter_gguf", ["adapter.gguf"]),
+        ("original", ["config.json", "model.safetensors"]),
+        ("gguf", ["model.gguf"]),
+        ("gguf_q8_0", ["model.gguf"]),
+    ],
+)
+def test_a_format_is_its_files_and_its_record(run, tmp_path, format, files, capsys):
+    assert main(["export", f"run={run}", f"format={format}", f"out={tmp_path / 'out'}"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
+    assert "written anew" in capsys.readouterr().out or format == "adapter_gguf"
+    records = [json.loads(path.read_text()) for path in run.glob("merge-*.json")]
+    assert [record["format"] for record in records] == ([format] if format != "adapter_gguf" else [])
+
+
+@pytest.mark.parametrize("format", ["adapter", "adapter_gguf", "mxfp4", "original", "gguf"])
 def test_a_truncated_adapter_is_an_error_of_one_line(run, tmp_path, capsys, format):
     weights = run / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])

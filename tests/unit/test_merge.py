@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import export_adapter, read_adapter
-from gptoss_ft.export.merge import LowRankDelta, merge, weight_shapes
+from gptoss_ft.export.deltas import LowRankDelta, weight_shapes
+from gptoss_ft.export.merge import merge
 from gptoss_ft.kernels.reference import dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
@@ -128,6 +129,25 @@ def test_an_update_that_rounding_loses_is_reported(base, tmp_path, share, lost):
     report = merge(base, {GATE_UP: delta}, tmp_path / "out", format="mxfp4", progress=False)
     assert (f"1 of 1 updates are too small for mxfp4 and lost in rounding, first {GATE_UP}" in str(report)) == lost
     assert json.loads(json.dumps(report.to_dict()))["tensors"][GATE_UP]["retained"] == report.updates[GATE_UP].retained
+
+
+@pytest.mark.parametrize("layout", ["mxfp4", "original"])
+def test_the_original_layout_is_what_openai_would_have_written(bases, layout, tmp_path):
+    report = merge(bases[layout], {}, tmp_path / "out", format="original", progress=False)
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "out" / file).read_bytes() == (bases["original"].path / file).read_bytes()
+    assert not report.updates
+
+
+def test_updates_reach_the_stacked_rows_of_the_original_layout(base, tmp_path):
+    deltas = make_deltas(base.spec)
+    merge(base, deltas, tmp_path / "mxfp4", format="mxfp4", progress=False)
+    merge(base, deltas, tmp_path / "original", format="original", progress=False)
+    wanted, found = Checkpoint.open(tmp_path / "mxfp4"), Checkpoint.open(tmp_path / "original")
+    assert found.layout == "original"
+    for name in wanted.names():
+        assert torch.equal(found.tensor(name), wanted.tensor(name)), name
+    assert sorted(path.name for path in (tmp_path / "original").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_no_update_at_all_is_a_copy(base, tmp_path):
@@ -361,7 +381,8 @@ import resource
 from dataclasses import replace
 from pathlib import Path
 import torch
-from gptoss_ft.export.merge import LowRankDelta, merge, weight_shapes
+from gptoss_ft.export.deltas import LowRankDelta, weight_shapes
+from gptoss_ft.export.merge import merge
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.spec import SPECS
@@ -374,7 +395,7 @@ experts, rows, columns = weight_shapes(spec)[name]
 delta = LowRankDelta(torch.randn(experts, 4, columns), torch.randn(experts, rows, 4) * 1e-3, 1.0)
 delta.B[3:] = 0
 before = peak()
-for format in ("bf16", "mxfp4"):
+for format in ("bf16", "mxfp4", "original", "gguf", "gguf_q8_0"):
     merge(base, {{name: delta}}, root / format, format=format, progress=False)
 print((peak() - before) * 1024)
 """

@@ -1,0 +1,209 @@
+"""Greedy generation in tokens/s with a KV cache: the product's model, and llama.cpp on the same weights.
+
+    python benchmarks/generate.py [--layers 4] [--tokens 32] [--threads 1] [--folder DIR] [--profile] [--json]
+
+A random checkpoint of gpt-oss-20b's dimensions with the given number of layers (24 is the whole model: 14 GB twice, as
+safetensors and as GGUF). Ours is `load_base` with packed experts and transformers' `generate`; llama.cpp has its
+default options. Both have the same prompt and number of threads, and one is closed before the other is opened: the
+whole model need fit into memory only once. The first token, which the prompt is read for, is timed apart.
+
+Speed is counted by the clock and by processor time over threads, which another job's use of the cores hardly changes;
+the ratio is of processor times.
+"""
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+# Waiting threads must sleep: spinning would count as processor time. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import llama_cpp as library
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers.generation import BaseStreamer
+
+from gptoss_ft.export.gguf_layout import MODEL_FILE
+from gptoss_ft.export.merge import merge
+from gptoss_ft.harmony import vocabulary
+from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.init import init_checkpoint
+from gptoss_ft.model.load import load_base
+from gptoss_ft.model.spec import SPECS
+
+PROMPT = "Explain why the sky is blue, in a few short sentences. " * 4
+
+
+class Seconds(NamedTuple):
+    """Until the first token and for each of the others, by the clock and by processor time over threads."""
+
+    prompt_wall: float
+    prompt_cpu: float
+    token_wall: float
+    token_cpu: float
+
+
+@dataclass
+class Clock:
+    """The moments at which tokens appeared: by the clock, and by processor time over threads."""
+
+    threads: int
+    at_first_token: Callable[[], object] | None = None
+
+    def __post_init__(self) -> None:
+        self.moments: list[tuple[float, float]] = []
+        self.tick()
+
+    def tick(self) -> None:
+        self.moments.append((time.perf_counter(), time.process_time() / self.threads))
+        if len(self.moments) == 2 and self.at_first_token:
+            self.at_first_token()
+
+    def seconds(self) -> Seconds:
+        (start, first, *_), last = self.moments, self.moments[-1]
+        count = len(self.moments) - 2
+        each = ((last[0] - first[0]) / count, (last[1] - first[1]) / count)
+        return Seconds(first[0] - start[0], first[1] - start[1], *each)
+
+
+Generate = Callable[..., Clock]
+"""`(prompt, num_tokens)`; ours also takes what to call at the first token."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--folder", type=Path, help="keep the checkpoints here, and use those that are here already")
+    parser.add_argument("--profile", action="store_true", help="show where our time goes, by operation")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON last")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        base, gguf = checkpoints(args.folder or Path(temporary), args.layers)
+        print(f"{len(prompt_ids())} tokens of prompt, {args.tokens} generated, {args.threads} threads")
+        with ours(base, args.threads) as generate:
+            mine = measure("gptoss-ft", generate, args.tokens, args.rounds)
+            if args.profile:
+                show_profile(generate, args.tokens)
+        del generate
+        with peer(gguf, args.threads) as generate:
+            theirs = measure("llama.cpp", generate, args.tokens, args.rounds)
+        result = {
+            "prompt_s": round(mine.prompt_wall, 3),
+            "prompt_s_llama_cpp": round(theirs.prompt_wall, 3),
+            "tokens_per_s_llama_cpp": round(1 / theirs.token_wall, 3),
+            "ratio_vs_llama_cpp": round(theirs.token_cpu / mine.token_cpu, 4),
+            "tokens_per_s": round(1 / mine.token_wall, 3),
+        }
+    if args.json:
+        print(json.dumps(result))
+
+
+def checkpoints(folder: Path, layers: int) -> tuple[Path, Path]:
+    """The random checkpoint and the same as GGUF, written where they are not there yet."""
+    base, gguf = folder / f"base-{layers}", folder / f"gguf-{layers}"
+    if not base.exists():
+        init_checkpoint(replace(SPECS["gpt_oss_20b"], num_hidden_layers=layers), base)
+    if not gguf.exists():
+        merge(Checkpoint.open(base), {}, gguf, format="gguf")
+    return base, gguf / MODEL_FILE
+
+
+def measure(name: str, generate: Generate, num_tokens: int, rounds: int) -> Seconds:
+    """Medians over rounds, printed and returned."""
+    generate(prompt_ids(), 2)
+    measured = [generate(prompt_ids(), num_tokens).seconds() for _ in range(rounds)]
+    medians = Seconds(*map(statistics.median, zip(*measured, strict=True)))
+    print(
+        f"{name:10} {1 / medians.token_wall:7.2f} tokens/s by the clock, {1 / medians.token_cpu:7.2f} by processor "
+        f"time · prompt {medians.prompt_wall:.2f} s, {medians.prompt_cpu:.2f} s",
+        flush=True,
+    )
+    return medians
+
+
+def prompt_ids() -> list[int]:
+    start, message = vocabulary.START, vocabulary.MESSAGE
+    return [start, *vocabulary.encode("user"), message, *vocabulary.encode(PROMPT), vocabulary.END]
+
+
+@contextmanager
+def ours(base: Path, threads: int) -> Iterator[Generate]:
+    model = load_base(base)
+    # A check of every token for the end would be timed too.
+    model.generation_config.eos_token_id = None
+
+    class Ticks(BaseStreamer):
+        """Told of the prompt and then of every token."""
+
+        def __init__(self, clock: Clock) -> None:
+            self.clock, self.seen_prompt = clock, False
+
+        def put(self, value: Tensor) -> None:
+            if self.seen_prompt:
+                self.clock.tick()
+            self.seen_prompt = True
+
+        def end(self) -> None:
+            pass
+
+    def generate(prompt: list[int], num_tokens: int, at_first_token: Callable[[], object] | None = None) -> Clock:
+        clock = Clock(threads, at_first_token)
+        options = {"do_sample": False, "use_cache": True, "max_new_tokens": num_tokens}
+        model.generate(torch.tensor([prompt]), streamer=Ticks(clock), **options)
+        return clock
+
+    yield generate
+
+
+@contextmanager
+def peer(file: Path, threads: int) -> Iterator[Generate]:
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
+    model = library.llama_model_load_from_file(os.fsencode(file), library.llama_model_default_params())
+    vocab_size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+
+    def generate(prompt: list[int], num_tokens: int) -> Clock:
+        options = library.llama_context_default_params()
+        options.n_ctx = len(prompt) + num_tokens
+        options.n_threads = options.n_threads_batch = threads
+        context = library.llama_init_from_model(model, options)
+        clock = Clock(threads)
+        tokens = prompt
+        for _ in range(num_tokens):
+            buffer = (library.llama_token * len(tokens))(*tokens)  # the batch only points to it
+            if status := library.llama_decode(context, library.llama_batch_get_one(buffer, len(tokens))):
+                raise RuntimeError(f"llama.cpp failed to decode ({status})")
+            logits = np.ctypeslib.as_array(library.llama_get_logits_ith(context, -1), (vocab_size,))
+            tokens = [int(logits.argmax())]
+            clock.tick()
+        library.llama_free(context)
+        return clock
+
+    yield generate
+    library.llama_model_free(model)
+
+
+def show_profile(generate: Generate, num_tokens: int) -> None:
+    """Where the time goes once the prompt has been read."""
+    profiler = profile(activities=[ProfilerActivity.CPU])
+    generate(prompt_ids(), num_tokens, profiler.start)
+    profiler.stop()
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+
+
+if __name__ == "__main__":
+    main()

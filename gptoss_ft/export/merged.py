@@ -1,0 +1,194 @@
+"""The weights of base + updates, one expert at a time, in the form that a file asks for.
+
+Shapes: E experts · O out rows · K in columns · r rank. Weights and updates are oriented [O, K] here; the bf16
+layout stores experts transposed.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gptoss_ft.export.deltas import LowRankDelta
+from gptoss_ft.kernels.dispatch import dequantize_mxfp4
+from gptoss_ft.kernels.reference import BLOCK_SIZE
+from gptoss_ft.model import layouts
+from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.shards import Entry, Producer
+from gptoss_ft.model.spec import Layout, TensorSpec
+from gptoss_ft.mxfp4.codec import quantize_mxfp4
+from gptoss_ft.mxfp4.round import UpdateStats, measure_update, round_merged
+
+# Rows that a worker handles at once: at 2,880 columns its fp32 and fp64 temporaries stay near 30 MB.
+CHUNK_ROWS = 128
+MAX_WORKERS = 16
+# Rows of a tensor without an update that are in memory at once: 47 MB of an embedding.
+COPY_ROWS = 8192
+
+
+class MergedWeights:
+    """The tensors of base + updates, for as long as `pool` runs; `updates` grows as they are produced.
+
+    Attributes:
+        updates: by HF weight name, over the experts that have an update, how it compares with what was written;
+            also every expert stack that had to be rounded from bf16 to MXFP4.
+    """
+
+    def __init__(self, base: Checkpoint, deltas: Mapping[str, LowRankDelta], pool: ThreadPoolExecutor) -> None:
+        self.base = base
+        self.deltas = deltas
+        self.pool = pool
+        self.packed = base.layout != "bf16"
+        self.updates: dict[str, UpdateStats] = {}
+
+    def is_copied(self, name: str) -> bool:
+        """Whether the base holds an HF tensor as it is to be written."""
+        weight = name.removesuffix("_blocks").removesuffix("_scales")
+        return weight not in self.deltas and name in self.base.tensor_specs()
+
+    def entries(self, layout: Layout) -> Iterator[Entry]:
+        """Every tensor of a checkpoint in `layout`, ready for `write_shards`."""
+        if layout == "original":
+            produce = {name: producer for name, _, producer in self.entries("mxfp4")}
+            for name, tensor in self.base.spec.tensors("original").items():
+                yield name, tensor, partial(_one_after_another, [produce[part] for part in layouts.to_hf(name)])
+            return
+        for name, tensor in self.base.spec.tensors(layout).items():
+            weight = name.removesuffix("_blocks")
+            if self.is_copied(name):
+                yield name, tensor, partial(self.base.copy, name)
+            elif name.endswith("_blocks"):
+                # Both come from one rounding; the scales, a 16th of the blocks, wait in memory for their turn.
+                scales: deque[Tensor] = deque()
+                yield name, tensor, partial(self._blocks, weight, scales)
+                yield f"{weight}_scales", TensorSpec(torch.uint8, tensor.shape[:-1]), partial(drain, scales)
+            elif not name.endswith("_scales"):
+                yield name, tensor, partial(self._bf16_experts if len(tensor.shape) == 3 else self.linear, name)
+
+    def linear(self, name: str) -> Iterator[Tensor]:
+        """A tensor outside the expert stacks, bf16: with an update it is one piece, without pieces of some rows."""
+        delta = self.deltas.get(name)
+        if delta is None:
+            num_rows = self.base.tensor_specs()[name].shape[0]
+            for start in range(0, num_rows, COPY_ROWS):
+                yield self.base.read(name, start, min(start + COPY_ROWS, num_rows))
+            return
+        weight = self.base.read(name)
+        factors = delta.factors()
+        yield weight if factors is None else self._add_as_bf16(name, weight, factors, delta.scaling)
+
+    def packed_experts(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """MXFP4 blocks [O, G, 16] and scales [O, G] of each expert of a stack, the base's where it has no update."""
+        delta = self.deltas.get(name)
+        for expert in range(self.base.spec.num_local_experts):
+            factors = delta.factors(expert) if delta else None
+            update = None if delta is None or factors is None else partial(_rows_of_update, factors, delta.scaling)
+            if self.packed:
+                blocks, scales = self._packed_expert(name, expert)
+                if update:
+                    self._add_to_packed(name, blocks, scales, update)
+            else:
+                blocks, scales = self._round_to_mxfp4(name, self._expert_as_bf16(name, expert), update)
+            yield blocks, scales
+
+    def _blocks(self, name: str, scales_E: deque[Tensor]) -> Iterator[Tensor]:
+        for blocks, scales in self.packed_experts(name):
+            scales_E.append(scales)
+            yield blocks
+
+    def _bf16_experts(self, name: str) -> Iterator[Tensor]:
+        delta = self.deltas.get(name)
+        for expert in range(self.base.spec.num_local_experts):
+            weight = self._expert_as_bf16(name, expert)
+            factors = delta.factors(expert) if delta else None
+            if delta and factors:
+                weight = self._add_as_bf16(name, weight, factors, delta.scaling)
+            yield weight.T
+
+    def _expert_as_bf16(self, name: str, expert: int) -> Tensor:
+        """One expert's weight [O, K]; exact, since bf16 holds every MXFP4 number."""
+        if not self.packed:
+            return self.base.read(name, expert, expert + 1)[0].T
+        return dequantize_mxfp4(*self._packed_expert(name, expert), torch.bfloat16)
+
+    def _packed_expert(self, name: str, expert: int) -> tuple[Tensor, Tensor]:
+        blocks = self.base.read(f"{name}_blocks", expert, expert + 1)[0]
+        return blocks, self.base.read(f"{name}_scales", expert, expert + 1)[0]
+
+    def _add_as_bf16(self, name: str, weight: Tensor, factors: tuple[Tensor, Tensor], scaling: float) -> Tensor:
+        merged = torch.empty(weight.shape, dtype=torch.bfloat16)
+
+        def add(rows: slice) -> UpdateStats:
+            base = weight[rows].float()
+            target = base + _rows_of_update(factors, scaling, rows)
+            merged[rows] = target.bfloat16()
+            return measure_update(base, target, merged[rows].float())
+
+        self._over_rows(name, weight.shape[0], add)
+        return merged
+
+    def _add_to_packed(self, name: str, blocks: Tensor, scales: Tensor, update: Callable[[slice], Tensor]) -> None:
+        def add(rows: slice) -> UpdateStats:
+            target = dequantize_mxfp4(blocks[rows], scales[rows], torch.float32) + update(rows)
+            blocks[rows], scales[rows], stats = round_merged(target, blocks[rows], scales[rows])
+            return stats
+
+        self._over_rows(name, blocks.shape[0], add)
+
+    def _round_to_mxfp4(
+        self, name: str, weight: Tensor, update: Callable[[slice], Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        num_rows, groups = weight.shape[0], weight.shape[1] // BLOCK_SIZE
+        blocks = torch.empty(num_rows, groups, BLOCK_SIZE // 2, dtype=torch.uint8)
+        scales = torch.empty(num_rows, groups, dtype=torch.uint8)
+
+        def quantize(rows: slice) -> UpdateStats:
+            base = target = weight[rows].float()
+            blocks[rows], scales[rows] = quantize_mxfp4(base)
+            if update:
+                target = base + update(rows)
+                blocks[rows], scales[rows], _ = round_merged(target, blocks[rows], scales[rows])
+            return measure_update(base, target, dequantize_mxfp4(blocks[rows], scales[rows], torch.float32))
+
+        self._over_rows(name, num_rows, quantize)
+        return blocks, scales
+
+    def _over_rows(self, name: str, num_rows: int, work: Callable[[slice], UpdateStats]) -> None:
+        chunks = [slice(start, start + CHUNK_ROWS) for start in range(0, num_rows, CHUNK_ROWS)]
+        self.updates[name] = sum(self.pool.map(work, chunks), self.updates.get(name, UpdateStats()))
+
+
+def drain(waiting: deque[Tensor]) -> Iterator[Tensor]:
+    """What waits, each forgotten here once it is taken: a list of producers would keep all layers' otherwise."""
+    while waiting:
+        yield waiting.popleft()
+
+
+@contextmanager
+def row_workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that each run whole chunks on one core.
+
+    Torch's own threads meet after every operation, which on a machine with other work to do made merging 20 times
+    slower than one thread.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(num_threads, MAX_WORKERS)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _rows_of_update(factors: tuple[Tensor, Tensor], scaling: float, rows: slice) -> Tensor:
+    up, down = factors
+    return (up[rows].float() @ down.float()).mul_(scaling)
+
+
+def _one_after_another(producers: list[Producer]) -> Iterator[Tensor | bytes]:
+    for produce in producers:
+        yield from produce()
