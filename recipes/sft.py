@@ -42,7 +42,7 @@ def main(cfg: TrainConfig) -> Path:
     """
     # Without a GPU the processes of torchrun are told apart only if the CPU is asked for by name.
     state = PartialState(cpu=not torch.cuda.is_available())
-    check_devices(cfg.model)
+    check_devices()
     cfg = with_absolute_paths(cfg)
     run = RunFolder(cfg.run.dir)
     resume_from = open_run_folder(run, cfg)
@@ -68,7 +68,7 @@ def main(cfg: TrainConfig) -> Path:
     return run.path
 
 
-def check_devices(cfg: ModelConfig) -> None:
+def check_devices() -> None:
     """Refuse what would fail or be wrong only after everything has been loaded."""
     if torch.cuda.device_count() > 1 and PartialState().num_processes == 1:
         # Trainer would fall back to DataParallel and drop our loss scaling.
@@ -76,8 +76,6 @@ def check_devices(cfg: ModelConfig) -> None:
             "several GPUs are visible to one process: choose one with CUDA_VISIBLE_DEVICES=0, "
             "or use all with `torchrun --nproc-per-node=gpu -m gptoss_ft train ...`"
         )
-    if cfg.attn_implementation == "flex_attention" and not torch.cuda.is_available():
-        raise UserError("model.attn_implementation=flex_attention has no backward pass on a CPU: use eager")
 
 
 def with_absolute_paths(cfg: TrainConfig) -> TrainConfig:

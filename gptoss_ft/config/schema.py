@@ -16,9 +16,8 @@ Shape = StrEnum("Shape", ["tiny", "gpt_oss_20b", "gpt_oss_120b"])
 Layout = StrEnum("Layout", ["mxfp4", "bf16", "original"])
 Precision = StrEnum("Precision", ["mxfp4", "bf16"])
 Dtype = StrEnum("Dtype", ["bfloat16", "float32"])
-# Ours, and those of transformers that know attention sinks, but for the flash-attention kernels made for one GPU
-# family.
-AttnImplementation = StrEnum("AttnImplementation", ["eager", "flex_attention", "gptoss_ft"])
+# Ours, and the one of transformers that knows attention sinks on every device.
+AttnImplementation = StrEnum("AttnImplementation", ["gptoss_ft", "eager"])
 Target = StrEnum(
     "Target",
     ["attention", "experts", "all", "q_proj", "k_proj", "v_proj", "o_proj", "router", "gate_up_proj", "down_proj"],
@@ -74,8 +73,8 @@ class ModelConfig:
     dtype: Dtype = key("dtype of everything but the packed experts", default=Dtype.bfloat16)
     init: Shape | None = key("shape to write with random weights if model.path does not exist", default=None)
     attn_implementation: AttnImplementation = key(
-        "transformers' eager or flex_attention (needs a GPU), or gptoss_ft: memory linear in the length",
-        default=AttnImplementation.eager,
+        "gptoss_ft takes memory linear in the length; eager is transformers' own, quadratic",
+        default=AttnImplementation.gptoss_ft,
     )
 
 

@@ -12,9 +12,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-import gptoss_ft.model.attention  # noqa: F401  registers attn_implementation="gptoss_ft"
 from gptoss_ft.errors import UserError
 from gptoss_ft.kernels.dispatch import dequantize_mxfp4
+from gptoss_ft.model.attention import ATTENTION
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.experts import PackedExperts
 from gptoss_ft.model.linear import use_frozen_linear
@@ -61,7 +61,7 @@ def load_base(
     *,
     precision: str = "mxfp4",
     dtype: torch.dtype = torch.bfloat16,
-    attn_implementation: str = "eager",
+    attn_implementation: str = ATTENTION,
     device: torch.device | str = "cpu",
 ) -> GptOssForCausalLM:
     """Load a base model, frozen and in evaluation mode.

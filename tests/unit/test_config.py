@@ -205,9 +205,9 @@ def test_values_take_the_type_of_their_key(word, value):
         *(
             (
                 f"model.attn_implementation={name}",
-                "model.attn_implementation must be one of eager, flex_attention, got ",
+                "model.attn_implementation must be one of gptoss_ft, eager, got ",
             )
-            for name in ("flashy", "sdpa", "flash_attention_2")
+            for name in ("flashy", "sdpa", "flex_attention")
         ),
         ("model.dtype=auto", "model.dtype must be one of bfloat16, float32, got auto"),
     ],
