@@ -110,7 +110,7 @@ def clamped_swiglu(gate_up: Tensor, *, alpha: float = 1.702, limit: float = 7.0)
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TI, head_VI, targets_T, chunk_size):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden_TI, head_VI, targets_T, weights_T, chunk_size):  # type: ignore[no-untyped-def]
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         accurate = torch.promote_types(hidden_TI.dtype, torch.float32)
         loss = torch.zeros((), dtype=accurate, device=hidden_TI.device)
@@ -121,12 +121,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             h, target = hidden_TI[rows], targets_T[rows, None]
             logits = (h @ head_VI.T).to(accurate)
             log_norm = logits.logsumexp(-1, keepdim=True)
-            loss += (log_norm - logits.gather(1, target)).sum()
+            weight = 1 if weights_T is None else weights_T[rows, None].to(accurate)
+            loss += ((log_norm - logits.gather(1, target)) * weight).sum()
             if not (wants_hidden or wants_head):
                 continue
             d_logits = logits.sub_(log_norm).exp_()
             d_logits.scatter_add_(1, target, -torch.ones_like(log_norm))
-            d_logits = d_logits.to(hidden_TI.dtype)
+            d_logits = (d_logits if weights_T is None else d_logits.mul_(weight)).to(hidden_TI.dtype)
             if d_hidden is not None:
                 d_hidden[rows] = d_logits @ head_VI
             if d_head is not None:
@@ -142,16 +143,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if d_head is None else d_head * grad.to(d_head.dtype),
             None,
             None,
+            None,
         )
 
 
-def chunked_cross_entropy(hidden_TI: Tensor, head_VI: Tensor, targets_T: Tensor, chunk_size: int = 256) -> Tensor:
+def chunked_cross_entropy(
+    hidden_TI: Tensor,
+    head_VI: Tensor,
+    targets_T: Tensor,
+    chunk_size: int = 256,
+    *,
+    weights_T: Tensor | None = None,
+) -> Tensor:
     """Summed cross entropy in nats of `hidden @ head.T` against `targets`, a scalar in at least fp32.
 
+    Each row's loss is multiplied by its weight if there are any; they get no gradient.
     Only `chunk_size` rows of logits exist at a time; gradients are computed on the way, so the backward pass costs
     nothing more and the logits are never formed again.
     """
-    return _ChunkedCrossEntropy.apply(hidden_TI, head_VI, targets_T, chunk_size)
+    return _ChunkedCrossEntropy.apply(hidden_TI, head_VI, targets_T, weights_T, chunk_size)
 
 
 def _row_ranges(ends_E: Sequence[int]) -> list[tuple[int, slice]]:

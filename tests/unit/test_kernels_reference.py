@@ -153,6 +153,18 @@ def test_chunked_cross_entropy_equals_torch(chunk_size, generator):
     torch.testing.assert_close(got, expected)
 
 
+def test_chunked_cross_entropy_with_weights_equals_torch(generator):
+    hidden = torch.randn(20, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(50, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 50, (20,), generator=generator)
+    weights = torch.rand(20, generator=generator, dtype=torch.float64) * 3
+    truth = (F.cross_entropy(hidden @ head.T, targets, reduction="none") * weights).sum()
+    expected = torch.autograd.grad(3 * truth, (hidden, head))
+    loss = reference.chunked_cross_entropy(hidden, head, targets, 7, weights_T=weights)
+    torch.testing.assert_close(loss, truth)
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, (hidden, head)), expected)
+
+
 def test_chunked_cross_entropy_in_bf16_is_within_twice_the_error_of_plain_torch(generator):
     hidden, head = torch.randn(64, 128, generator=generator), torch.randn(4096, 128, generator=generator) * 0.3
     targets = torch.randint(0, 4096, (64,), generator=generator)
