@@ -6,7 +6,8 @@ from typing import cast
 
 from gptoss_ft.config.schema import DataConfig
 from gptoss_ft.data.dataset import CompiledSamples, Sample, compile_samples, split_rows
-from gptoss_ft.harmony.conversation import ReasoningEffort
+from gptoss_ft.harmony.conversation import BuiltinTool, Conversation, ReasoningEffort
+from gptoss_ft.harmony.weights import LossPolicy, LossRules, MissingReasoning
 
 
 def compile_rows(paths: Sequence[str | Path], cfg: DataConfig, *, progress: bool = False) -> CompiledSamples:
@@ -18,9 +19,34 @@ def compile_rows(paths: Sequence[str | Path], cfg: DataConfig, *, progress: bool
     return compile_samples(
         paths,
         format=cfg.format.value,
-        default_reasoning_effort=cast(ReasoningEffort, cfg.reasoning_effort.value),
+        defaults=conversation_defaults(cfg),
+        rules=loss_rules(cfg),
         max_length=cfg.max_length,
         progress=progress,
+    )
+
+
+def conversation_defaults(cfg: DataConfig) -> Conversation:
+    """What the system message says where a row says nothing."""
+    return Conversation(
+        messages=(),
+        reasoning_effort=cast(ReasoningEffort, cfg.reasoning_effort.value),
+        knowledge_cutoff=cfg.knowledge_cutoff,
+        conversation_start_date=cfg.current_date,
+        model_identity=cfg.identity,
+        builtin_tools=tuple(cast(BuiltinTool, tool.value) for tool in cfg.builtin_tools),
+    )
+
+
+def loss_rules(cfg: DataConfig) -> LossRules:
+    """What of a conversation has loss, and how much."""
+    return LossRules(
+        policy=cast(LossPolicy, cfg.policy.value),
+        analysis=cfg.analysis_weight,
+        commentary=cfg.commentary_weight,
+        final=cfg.final_weight,
+        preambles=cfg.preambles,
+        missing_reasoning=cast(MissingReasoning, cfg.missing_reasoning.value),
     )
 
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from gptoss_ft.adapters.save import restore_adapter, save_adapter
 from gptoss_ft.config.load import to_yaml
 from gptoss_ft.config.schema import AdapterConfig, DataConfig, ModelConfig, TrainConfig, TrainerConfig
 from gptoss_ft.data.collate import PaddingCollator
-from gptoss_ft.data.dataset import to_dataset
+from gptoss_ft.data.dataset import Sample, to_dataset
+from gptoss_ft.data.packing import best_fit, to_packed_dataset, to_tree_dataset
+from gptoss_ft.data.prefix_tree import prefix_trees
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.fingerprint import write_fingerprint
 from gptoss_ft.files import check_writable_parent
@@ -132,7 +135,18 @@ def build_datasets(cfg: DataConfig, seed: int) -> tuple[Dataset, Dataset | None]
     train_samples, held_out, compiled = split_samples(cfg, seed, progress=is_main)
     if is_main:
         print(*compiled, sep="\n")
-    return to_dataset(train_samples), to_dataset(held_out) if held_out else None
+    to_table = partial(packed_dataset, cfg=cfg, verbose=is_main) if cfg.packing else to_dataset
+    return to_table(train_samples), to_table(held_out) if held_out else None
+
+
+def packed_dataset(samples: list[Sample], *, cfg: DataConfig, verbose: bool) -> Dataset:
+    """The samples in rows of `max_length`, with a line of what came of it if `verbose`."""
+    trees = list(prefix_trees(samples, cfg.max_length)) if cfg.share_prefixes else []
+    packed = best_fit([len(part.input_ids) for part in trees or samples], cfg.max_length)
+    if verbose:
+        repeated = sum(len(sample.input_ids) for sample in samples)
+        print(f"{len(samples)} samples of {repeated} tokens {packed}")
+    return to_tree_dataset(trees, packed.rows) if trees else to_packed_dataset(samples, packed.rows)
 
 
 def prepare_base(cfg: ModelConfig, seed: int) -> GptOssForCausalLM:

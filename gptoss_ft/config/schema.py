@@ -5,6 +5,7 @@ A field without a default is required. Each section checks itself when it is bui
 
 import re
 from dataclasses import dataclass, field
+from datetime import date
 from enum import StrEnum
 from math import inf
 from typing import Any, Literal
@@ -24,6 +25,9 @@ Target = StrEnum(
 )
 DataFormat = StrEnum("DataFormat", ["messages"])
 ReasoningEffort = StrEnum("ReasoningEffort", ["low", "medium", "high"])
+BuiltinTool = StrEnum("BuiltinTool", ["browser", "python"])
+LossPolicy = StrEnum("LossPolicy", ["all", "last_turn", "final_only", "no_reasoning", "tool_calls_only"])
+MissingReasoning = StrEnum("MissingReasoning", ["keep", "low_effort", "mask_channel", "drop"])
 # transformers' SchedulerType, without the schedules that need further arguments.
 Schedule = StrEnum(
     "Schedule",
@@ -53,6 +57,14 @@ def require(ok: bool, name: str, wanted: str, got: object) -> None:
     """Raise `ConfigError` naming the key unless `ok`."""
     if not ok:
         raise ConfigError(f"{name} must be {wanted}, got {got}")
+
+
+def is_date(text: str | None) -> bool:
+    """Whether `text` is a day as YYYY-MM-DD, or None."""
+    try:
+        return text is None or date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def require_seed(seed: int) -> None:
@@ -114,13 +126,48 @@ class DataConfig:
     eval_path: list[str] | None = key("JSONL file or files of held-out rows", reads="file", default=None)
     eval_fraction: float = key("share of the training rows to hold out instead", default=0.0)
     max_length: int = key("longest sample, in tokens", default=4096)
+    packing: bool = key("fill rows of max_length tokens with several samples, none of them split", default=False)
+    share_prefixes: bool = key(
+        "with packing, compute once what the samples of a row of data have in common", default=False
+    )
+    policy: LossPolicy = key(
+        "what has loss: all that the assistant writes, only what follows the last user message, only final answers, "
+        "all but its reasoning, or only tool calls",
+        default=LossPolicy.all,
+    )
+    preambles: bool = key("loss on what the assistant tells the user before it calls a tool", default=True)
+    analysis_weight: float = key("weight of the loss on the analysis channel", default=1.0)
+    commentary_weight: float = key("weight of the loss on the commentary channel", default=1.0)
+    final_weight: float = key("weight of the loss on the final channel", default=1.0)
+    missing_reasoning: MissingReasoning = key(
+        "answers without reasoning before them, which teach not to reason: keep them, write `Reasoning: low` before "
+        "them, have no loss on the choice of the channel, or drop them",
+        default=MissingReasoning.keep,
+    )
     reasoning_effort: ReasoningEffort = key("effort written for rows that state none", default=ReasoningEffort.medium)
+    identity: str | None = key(
+        "first line of the system message for rows that state none; null leaves it out",
+        default="You are ChatGPT, a large language model trained by OpenAI.",
+    )
+    knowledge_cutoff: str | None = key("its `Knowledge cutoff:`; null leaves it out", default="2024-06")
+    current_date: str | None = key("its `Current date:`, YYYY-MM-DD; null leaves it out", default=None)
+    builtin_tools: list[BuiltinTool] = key(
+        "tools of the model's own training that every row's system message offers", default_factory=list
+    )
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", "at least one file", "none")
         require(self.eval_path != [], "data.eval_path", "null or at least one file", "none")
         require(0 <= self.eval_fraction < 1, "data.eval_fraction", "in [0, 1)", self.eval_fraction)
         require(self.max_length >= 2, "data.max_length", "2 or more", self.max_length)
+        weights = ("analysis_weight", "commentary_weight", "final_weight")
+        for name in weights:
+            require(0 <= getattr(self, name) < inf, f"data.{name}", "0 or more and finite", getattr(self, name))
+        if not any(getattr(self, name) for name in weights):
+            raise ConfigError("data.analysis_weight, commentary_weight and final_weight are all 0: nothing would learn")
+        require(is_date(self.current_date), "data.current_date", "null or a day as YYYY-MM-DD", self.current_date)
+        if self.share_prefixes and not self.packing:
+            raise ConfigError("data.share_prefixes needs data.packing=true: samples that share tokens share a row")
         if self.eval_path and self.eval_fraction:
             raise ConfigError("data.eval_fraction must be 0 when data.eval_path names the held-out rows")
 

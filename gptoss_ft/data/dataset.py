@@ -13,24 +13,36 @@ from tqdm.auto import tqdm
 from gptoss_ft.data.schemas.messages import read_messages_row
 from gptoss_ft.data.source import read_rows
 from gptoss_ft.errors import ConfigError, UserError
-from gptoss_ft.harmony.conversation import Conversation, ReasoningEffort
-from gptoss_ft.harmony.generations import Generation, generations
+from gptoss_ft.harmony.conversation import Conversation
+from gptoss_ft.harmony.generations import DEFAULT_RULES, Generation, generations
+from gptoss_ft.harmony.weights import LossRules
 
 IGNORED_LABEL = -100  # what torch's cross entropy skips
+DEFAULTS = Conversation(messages=())
 READERS: dict[str, Callable[..., Conversation]] = {"messages": read_messages_row}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One generation as tokens; `labels` equals `input_ids` where there is loss and is -100 elsewhere.
+    """One generation as tokens, each with the weight of its loss (0: none).
 
     `row` is `file:line`, `generation` counts from 0 within the row.
     """
 
     input_ids: list[int]
-    labels: list[int]
+    loss_weights: list[float]
     row: str
     generation: int
+
+    @property
+    def labels(self) -> list[int]:
+        """`input_ids` where there is loss, -100 elsewhere."""
+        weighted = zip(self.input_ids, self.loss_weights, strict=True)
+        return [token if weight else IGNORED_LABEL for token, weight in weighted]
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return sum(map(bool, self.loss_weights))
 
 
 @dataclass(frozen=True)
@@ -58,12 +70,14 @@ def compile_samples(
     paths: Sequence[str | Path],
     *,
     format: str = "messages",
-    default_reasoning_effort: ReasoningEffort = "medium",
+    defaults: Conversation = DEFAULTS,
+    rules: LossRules = DEFAULT_RULES,
     max_length: int,
     progress: bool = False,
 ) -> CompiledSamples:
     """Compile every row of the files.
 
+    `defaults` is what the system message says where a row says nothing about it; `rules` is what has loss.
     A sample over `max_length` tokens is dropped, never cut: a cut one would not teach the model to stop.
 
     Raises:
@@ -72,16 +86,16 @@ def compile_samples(
     """
     if format not in READERS:
         raise ConfigError(f"data.format: {format!r} is not known; use one of {', '.join(READERS)}")
-    read = partial(READERS[format], default_reasoning_effort=default_reasoning_effort)
+    read = partial(READERS[format], defaults=defaults)
     compiled: list[Sample] = []
     rows = rows_without_thinking = 0
     for path in paths:
         for line, row in tqdm(read_rows(path), desc=f"compiling {Path(path).name}", unit=" rows", disable=not progress):
-            conversation, samples = _compile_row(row, read, where=f"{path}:{line}")
+            conversation, samples = _compile_row(row, read, rules, where=f"{path}:{line}")
             compiled += samples
             rows += 1
             rows_without_thinking += not any(message.is_reasoning for message in conversation.messages)
-    with_loss = [sample for sample in compiled if _num_loss_tokens(sample)]
+    with_loss = [sample for sample in compiled if sample.num_loss_tokens]
     kept = [sample for sample in with_loss if len(sample.input_ids) <= max_length]
     result = CompiledSamples(
         samples=kept,
@@ -91,7 +105,7 @@ def compile_samples(
         dropped_too_long=len(with_loss) - len(kept),
         dropped_without_loss=len(compiled) - len(with_loss),
         tokens=sum(len(sample.input_ids) for sample in kept),
-        loss_tokens=sum(map(_num_loss_tokens, kept)),
+        loss_tokens=sum(sample.num_loss_tokens for sample in kept),
     )
     if not kept:
         shortest = min((len(sample.input_ids) for sample in with_loss), default=0)
@@ -121,21 +135,24 @@ def split_rows(samples: Sequence[Sample], eval_fraction: float, seed: int) -> tu
 
 
 def to_dataset(samples: Sequence[Sample]) -> Dataset:
-    """Columns `input_ids` and `labels`, int32 lists."""
-    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-    columns = {
-        "input_ids": [sample.input_ids for sample in samples],
-        "labels": [sample.labels for sample in samples],
-    }
+    """Columns `input_ids` and `labels`, int32 lists, and `loss_weights`, float32 lists."""
+    features = Features(
+        {
+            "input_ids": List(Value("int32")),
+            "labels": List(Value("int32")),
+            "loss_weights": List(Value("float32")),
+        }
+    )
+    columns = {name: [getattr(sample, name) for sample in samples] for name in features}
     return Dataset.from_dict(columns, features=features)
 
 
 def _compile_row(
-    row: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Conversation], where: str
+    row: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Conversation], rules: LossRules, where: str
 ) -> tuple[Conversation, list[Sample]]:
     try:
         conversation = read(row)
-        found = generations(conversation)
+        found = generations(conversation, rules)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except RecursionError as error:
@@ -144,15 +161,9 @@ def _compile_row(
 
 
 def _sample(generation: Generation, row: str) -> Sample:
-    weighted = zip(generation.completion_ids, generation.loss_weights, strict=True)
-    labels = [token if weight > 0 else IGNORED_LABEL for token, weight in weighted]
     return Sample(
         input_ids=generation.prompt_ids + generation.completion_ids,
-        labels=[IGNORED_LABEL] * len(generation.prompt_ids) + labels,
+        loss_weights=[0.0] * len(generation.prompt_ids) + generation.loss_weights,
         row=row,
         generation=generation.index,
     )
-
-
-def _num_loss_tokens(sample: Sample) -> int:
-    return sum(label != IGNORED_LABEL for label in sample.labels)

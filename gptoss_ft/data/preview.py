@@ -9,7 +9,7 @@ from html import escape
 from itertools import groupby, pairwise, takewhile
 from pathlib import Path
 
-from gptoss_ft.data.dataset import IGNORED_LABEL, Sample
+from gptoss_ft.data.dataset import Sample
 from gptoss_ft.harmony.vocabulary import CHANNEL, NUM_RANKS, SPECIAL_TOKENS, START, decode, token_bytes
 
 CHANNEL_COLOURS = {"analysis": "#8250df", "commentary": "#0550ae", "final": "#116329"}
@@ -103,11 +103,11 @@ def _span(token: _Token) -> str:
 
 def _caption(sample: Sample, loss_mark: str = "") -> str:
     where = f"{Path(sample.row).name}, generation {sample.generation}"
-    return f"{where}: {len(sample.input_ids)} tokens, {sum(_has_loss(sample))} with loss{loss_mark}"
+    return f"{where}: {len(sample.input_ids)} tokens, {sample.num_loss_tokens} with loss{loss_mark}"
 
 
 def _has_loss(sample: Sample) -> list[bool]:
-    return [label != IGNORED_LABEL for label in sample.labels]
+    return [weight > 0 for weight in sample.loss_weights]
 
 
 def _is_assigned(id_: int) -> bool:

@@ -7,9 +7,12 @@ from typing import Any, Literal
 Role = Literal["developer", "user", "assistant", "tool"]
 Channel = Literal["analysis", "commentary", "final"]
 ReasoningEffort = Literal["low", "medium", "high"]
+BuiltinTool = Literal["browser", "python"]
 
+CHANNELS: tuple[Channel, ...] = ("analysis", "commentary", "final")
 REASONING_EFFORTS: tuple[ReasoningEffort, ...] = ("low", "medium", "high")
 DEFAULT_IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
+DEFAULT_KNOWLEDGE_CUTOFF = "2024-06"
 FUNCTIONS = "functions"
 
 
@@ -23,11 +26,23 @@ class Tool:
 
 
 @dataclass(frozen=True)
+class ResponseFormat:
+    """A shape that answers may have to take; `schema` is a JSON Schema."""
+
+    name: str
+    schema: Mapping[str, Any]
+    description: str = ""
+
+
+@dataclass(frozen=True)
 class Message:
     """One `<|start|>...` block.
 
-    `name` is the tool's full name (`functions.x`) where the role is "tool". `recipient` makes an assistant
-    message a call. `content_type` is written after `<|constrain|>`. A message of weight 0 gives no loss.
+    `name` is the tool's full name (`functions.x`, `browser.search`, `python`) where the role is "tool", and follows
+    the role elsewhere. `recipient` makes an assistant message a call: to a function on the commentary channel, to a
+    built-in tool on the analysis channel. `content_type` is written behind `<|constrain|>` if `constrained` (a
+    function's "json"), else plainly (a built-in tool's "code"). `weight` multiplies the loss of every token of the
+    message; 0 gives none.
     """
 
     role: Role
@@ -37,6 +52,7 @@ class Message:
     content_type: str | None = None
     name: str | None = None
     weight: float = 1.0
+    constrained: bool = True
 
     @property
     def is_call(self) -> bool:
@@ -51,19 +67,29 @@ class Message:
         """Chain of thought proper: a built-in tool's call on the analysis channel is not."""
         return self.role == "assistant" and self.channel == "analysis" and self.recipient is None
 
+    @property
+    def is_preamble(self) -> bool:
+        """What the assistant tells the user before it calls a tool."""
+        return self.role == "assistant" and self.channel == "commentary" and self.recipient is None
+
 
 @dataclass(frozen=True)
 class Conversation:
     """Messages, and what the system and developer messages before them say.
 
     `conversation_start_date` (YYYY-MM-DD) is left out of the prompt unless set, as a date that changes daily
-    would make training data irreproducible.
+    would make training data irreproducible. The `verbatim_` texts replace what the other fields would make of the
+    system message and of the developer message behind it; raw harmony text is kept so.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
     instructions: str | None = None
     reasoning_effort: ReasoningEffort = "medium"
-    knowledge_cutoff: str | None = "2024-06"
+    knowledge_cutoff: str | None = DEFAULT_KNOWLEDGE_CUTOFF
     conversation_start_date: str | None = None
     model_identity: str | None = DEFAULT_IDENTITY
+    builtin_tools: tuple[BuiltinTool, ...] = ()
+    response_formats: tuple[ResponseFormat, ...] = ()
+    verbatim_system: str | None = None
+    verbatim_developer: str | None = None

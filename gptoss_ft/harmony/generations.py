@@ -8,14 +8,17 @@ calls and results as a serving loop produces them (call, result, call, result), 
 results does one call directly follow another.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from gptoss_ft.errors import UserError
 from gptoss_ft.harmony.conversation import Conversation, Message
-from gptoss_ft.harmony.render import generation_prompt, message_ids, opening_ids
+from gptoss_ft.harmony.render import channel_choice, generation_prompt, message_ids, opening_ids
 from gptoss_ft.harmony.vocabulary import RETURN
+from gptoss_ft.harmony.weights import LossRules
+
+DEFAULT_RULES = LossRules()
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Generation:
     index: int
 
 
-def generations(conversation: Conversation) -> list[Generation]:
+def generations(conversation: Conversation, rules: LossRules = DEFAULT_RULES) -> list[Generation]:
     """One sample per assistant turn, a turn being all messages up to and including a call or a final answer.
 
     A final answer ends in `<|return|>` as a target and in `<|end|>` as history.
@@ -40,15 +43,23 @@ def generations(conversation: Conversation) -> list[Generation]:
     opening = opening_ids(conversation)
     encoded = [message_ids(message) for message in messages]
     ask = generation_prompt()
+    last_user = _last(messages, lambda message: message.role == "user")
     samples = []
     for index, (start, stop) in enumerate(_turns(messages)):
+        missing = "keep" if _is_reasoned(messages[:stop], start) else rules.missing_reasoning
+        asked = opening_ids(replace(conversation, reasoning_effort="low")) if missing == "low_effort" else opening
         kept = _kept_in_history(messages[:start])
-        prompt = [*opening, *chain.from_iterable(encoded[position] for position in kept), *ask]
-        turn = range(start, stop)
-        completion = list(chain.from_iterable(encoded[position] for position in turn))
-        weights = [messages[position].weight for position in turn for _ in encoded[position]]
+        prompt = [*asked, *chain.from_iterable(encoded[position] for position in kept), *ask]
+        completion = list(chain.from_iterable(encoded[start:stop]))
         if messages[stop - 1].is_final:
             completion[-1] = RETURN
+        weights = [rules.weight(message, in_last_turn=start > last_user) for message in messages[start:stop]]
+        weights = [weight for weight, ids in zip(weights, encoded[start:stop], strict=True) for _ in ids]
+        if missing == "mask_channel":
+            for position in channel_choice(messages[start], encoded[start]):
+                weights[position] = 0.0
+        elif missing == "drop":
+            weights = [0.0] * len(weights)
         samples.append(Generation(prompt, completion[len(ask) :], weights[len(ask) :], index))
     return samples
 
@@ -80,9 +91,23 @@ def _turns(messages: Sequence[Message]) -> Iterator[tuple[int, int]]:
 
 
 def _kept_in_history(messages: Sequence[Message]) -> list[int]:
-    """Positions that a prompt keeps: all but the reasoning before the last final answer.
+    """Positions that a prompt keeps: all but the analysis channel before the last final answer.
 
-    Reasoning of an open tool loop stays: no final answer has followed it yet.
+    That is the reasoning, and built-in tools' calls and results, which are part of it. An open tool loop keeps all
+    of them: no final answer has followed yet.
     """
-    last_final = max((position for position, message in enumerate(messages) if message.is_final), default=-1)
-    return [position for position, message in enumerate(messages) if position > last_final or not message.is_reasoning]
+    last_final = _last(messages, lambda message: message.is_final)
+    return [
+        position for position, message in enumerate(messages) if position > last_final or message.channel != "analysis"
+    ]
+
+
+def _is_reasoned(messages: Sequence[Message], start: int) -> bool:
+    """Whether a chain of thought leads to the end of `messages`, in the turn from `start` on or in its tool loop."""
+    asked = _last(messages[:start], lambda message: message.role == "user" or message.is_final)
+    return any(message.is_reasoning for message in messages[asked + 1 :])
+
+
+def _last(messages: Sequence[Message], wanted: Callable[[Message], bool]) -> int:
+    """Position of the last message that is wanted, -1 if there is none."""
+    return max((position for position, message in enumerate(messages) if wanted(message)), default=-1)

@@ -6,19 +6,39 @@ it is here: the prompt has to be the one that inference sends.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from decimal import Decimal
+from math import copysign
 from typing import Any
 
-from gptoss_ft.harmony.conversation import FUNCTIONS, Tool
+from gptoss_ft.harmony.builtin import BROWSER_DESCRIPTION, BROWSER_TOOLS, PYTHON_DESCRIPTION
+from gptoss_ft.harmony.conversation import FUNCTIONS, BuiltinTool, ResponseFormat, Tool
 
 PLAIN_TYPES = {"string": "string", "number": "number", "integer": "number", "boolean": "boolean"}
 
 
 def tools_section(tools: Sequence[Tool]) -> str:
     """The `# Tools` section of a developer message, with all tools in the `functions` namespace."""
-    declarations = "\n".join(_declaration(tool) for tool in tools)
-    return f"# Tools\n\n## {FUNCTIONS}\n\nnamespace {FUNCTIONS} {{\n\n{declarations}\n}} // namespace {FUNCTIONS}"
+    return f"# Tools\n\n## {FUNCTIONS}\n\n{_namespace(FUNCTIONS, tools)}"
+
+
+def builtin_tools_section(names: Collection[BuiltinTool]) -> str:
+    """The `# Tools` section of a system message; the browser comes first, in whatever order they are named."""
+    sections = ["# Tools"]
+    if "browser" in names:
+        sections.append(f"## browser\n\n{_comments(BROWSER_DESCRIPTION)}{_namespace('browser', BROWSER_TOOLS)}")
+    if "python" in names:
+        sections.append(f"## python\n\n{PYTHON_DESCRIPTION}")
+    return "\n\n".join(sections)
+
+
+def response_formats_section(formats: Sequence[ResponseFormat]) -> str:
+    """The `# Response Formats` section at the end of a developer message: compact JSON Schemas, keys in their order."""
+    sections = ["# Response Formats"]
+    for format in formats:
+        schema = json.dumps(format.schema, ensure_ascii=False, separators=(",", ":"))
+        sections.append(f"## {format.name}\n\n{_comments(format.description)}{schema}")
+    return "\n\n".join(sections)
 
 
 def typescript_type(schema: Any, indent: str = "") -> str:
@@ -40,10 +60,18 @@ def typescript_type(schema: Any, indent: str = "") -> str:
     return PLAIN_TYPES.get(kind, "any") if isinstance(kind, str) else "any"
 
 
+def _namespace(name: str, tools: Sequence[Tool]) -> str:
+    declarations = "\n".join(_declaration(tool) for tool in tools)
+    return f"namespace {name} {{\n\n{declarations}\n}} // namespace {name}"
+
+
 def _declaration(tool: Tool) -> str:
     signature = "()" if tool.parameters is None else f"(_: {typescript_type(tool.parameters)})"
-    comments = "".join(f"// {line}\n" for line in _lines(tool.description))
-    return f"{comments}type {tool.name} = {signature} => any;\n"
+    return f"{_comments(tool.description)}type {tool.name} = {signature} => any;\n"
+
+
+def _comments(text: str) -> str:
+    return "".join(f"// {line}\n" for line in _lines(text))
 
 
 def _lines(text: str) -> list[str]:
@@ -138,20 +166,27 @@ def _json(value: Any) -> str:
         return "{" + ",".join(f"{_json(key)}:{_json(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(_json, value)) + "]"
-    if isinstance(value, int) and not -(2**63) <= value < 2**64:
-        value = _float_of_long(value)
-    return _float(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float) or (isinstance(value, int) and not -(2**63) <= value < 2**64):
+        return _float(_as_read_by_serde_json(value))
+    return json.dumps(value, ensure_ascii=False)
 
 
-def _float_of_long(value: int) -> float:
-    """An integer beyond 64 bits as serde_json reads it: the digits that fit into 64 bits times a power of ten.
+def _as_read_by_serde_json(value: int | float) -> float:
+    """The float that openai-harmony gets of a number written as JSON.
 
-    Both are rounded, so that the last digit may differ from the nearest float's.
+    serde_json takes as many leading digits as fit into 64 bits, rounds them to a float and scales that by a power of
+    ten, which rounds again: the last digit of a number with 16 digits or more may differ from the nearest float's.
     """
-    digits = str(abs(value))
-    kept = next(count for count in (20, 19) if int(digits[:count]) < 2**64)
-    size = float(int(digits[:kept])) * float(f"1e{max(len(digits) - kept, 0)}")
-    return -size if value < 0 else size
+    mantissa, _, exponent = repr(abs(value)).partition("e")
+    whole, _, fraction = mantissa.partition(".")
+    digits = (whole + fraction).lstrip("0") or "0"
+    kept = digits[: 20 if int(digits[:20]) < 2**64 else 19]
+    power = int(exponent or 0) - len(fraction) + len(digits) - len(kept)
+    size = float(int(kept))
+    if power < -308:  # beyond serde_json's table of powers
+        size, power = size / 1e308, power + 308
+    size = size * float(f"1e{power}") if power >= 0 else size / float(f"1e{-power}")
+    return -size if copysign(1, value) < 0 else size
 
 
 def _float(value: float) -> str:

@@ -18,19 +18,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from gptoss_ft.adapters.save import portable_config
 from gptoss_ft.errors import UserError
 from gptoss_ft.files import naming_a_full_disk
-from gptoss_ft.training.loss import num_loss_tokens, summed_loss
+from gptoss_ft.training.loss import num_loss_tokens, summed_loss, total_weight
 from gptoss_ft.training.memory import peak_gib
 
 
 class SftTrainer(Trainer):
-    """Trains on the mean over all loss tokens of an optimiser step, however they are split into batches and devices."""
+    """Trains on the weighted mean over the loss tokens of an optimiser step, however batches and devices split them."""
 
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, loss_chunk_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.loss_chunk_size = loss_chunk_size
-        # Makes Trainer count the loss tokens of a whole step before its first backward pass.
+        # Makes Trainer hand over `_get_num_items_in_batch` of a whole step.
         self.model_accepts_loss_kwargs = True
         # Input tokens since the last log, and when it was; pauses move it forward.
         self._num_tokens, self._since = 0, time.perf_counter()
@@ -48,21 +48,24 @@ class SftTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Summed cross entropy over `num_items_in_batch`, the loss tokens of the whole step over all devices."""
+        """Summed cross entropy over `num_items_in_batch`, the loss weights of the whole step over all devices."""
         core = self.accelerator.unwrap_model(model).get_base_model()
         loss = summed_loss(model, core, inputs, chunk_size=self.loss_chunk_size)
-        if num_items_in_batch is None:
-            num_items_in_batch = num_loss_tokens(inputs)
-        loss = loss / num_items_in_batch
+        loss = loss / (total_weight(inputs) if num_items_in_batch is None else num_items_in_batch)
         if model.training:
             self._num_tokens += int(inputs["attention_mask"].sum())
             # DDP averages gradients over processes, but the divisor above counts the tokens of all of them.
             loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        # Trainer asks before the first backward pass of a step, and counts labels; ours have weights.
+        total = torch.tensor([sum(map(total_weight, batch_samples))], dtype=torch.float64)
+        return torch.tensor(self._sum_over_processes(total)[0], device=device)
+
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """Cross entropy in nats over every held-out loss token, each with the same weight."""
+        """The weighted mean of the cross entropy in nats over every held-out loss token."""
         with self._clock_stopped():
             metrics = self._evaluate(self.eval_dataset if eval_dataset is None else eval_dataset, metric_key_prefix)
         self.log(metrics)
@@ -72,17 +75,17 @@ class SftTrainer(Trainer):
     def _evaluate(self, dataset: Any, prefix: str) -> dict[str, float]:
         # Each process takes its own rows: a sampler that gave all of them equally many would repeat some.
         mine = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
-        totals = torch.zeros(2, dtype=torch.float64)
+        totals = torch.zeros(3, dtype=torch.float64)
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
         for batch in DataLoader(mine, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator):
             batch = self._prepare_inputs(batch)
             loss = summed_loss(model, model.get_base_model(), batch, chunk_size=self.loss_chunk_size)
-            totals += torch.tensor([float(loss), num_loss_tokens(batch)], dtype=torch.float64)
+            totals += torch.tensor([float(loss), total_weight(batch), num_loss_tokens(batch)], dtype=torch.float64)
         model.train(was_training)
-        loss_sum, num_tokens = self._sum_over_processes(totals)
-        return {f"{prefix}_loss": loss_sum / num_tokens, f"{prefix}_tokens": int(num_tokens)}
+        loss_sum, weight, num_tokens = self._sum_over_processes(totals)
+        return {f"{prefix}_loss": loss_sum / weight, f"{prefix}_tokens": int(num_tokens)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log with speed and peak memory beside each training loss.

@@ -92,7 +92,10 @@ class Trained:
 def rows(vocab_size=300):
     """Random tokens, of which the second half carries loss."""
     ids = torch.randint(2, vocab_size, (3, 40), generator=torch.Generator().manual_seed(0)).tolist()
-    return [Sample(row, [-100] * 20 + row[20:], f"rows.jsonl:{number}", 0) for number, row in enumerate(ids, 1)]
+    return [
+        Sample(row, [0.0] * 20 + [1.0] * (len(row) - 20), f"rows.jsonl:{number}", 0)
+        for number, row in enumerate(ids, 1)
+    ]
 
 
 def train(folder, base, spec, targets=("all", "router"), *, steps=4):
@@ -429,9 +432,9 @@ def test_missing_and_foreign_tokenizers_are_named(wide, exports, tmp_path):
 
 
 def test_positions_are_those_before_the_tokens_with_loss():
-    first = Sample([5, 6, 7, 8], [-100, 6, -100, 8], "rows.jsonl:1", 0)
-    second = Sample([9, 9, 9], [9, 9, 9], "rows.jsonl:2", 1)
-    silent = Sample([1, 2], [-100, -100], "rows.jsonl:3", 0)
+    first = Sample([5, 6, 7, 8], [0.0, 1.0, 0.0, 1.0], "rows.jsonl:1", 0)
+    second = Sample([9, 9, 9], [1.0, 1.0, 1.0], "rows.jsonl:2", 1)
+    silent = Sample([1, 2], [0.0, 0.0], "rows.jsonl:3", 0)
 
     (one,) = select_positions([silent, first], 100)
     assert one.input_ids_T.tolist() == [5, 6, 7]

@@ -195,7 +195,7 @@ def test_two_processes_take_the_same_steps_as_one(four_rows, tmp_path):
     def run(name, launcher, batch_size):
         folder = tmp_path / name
         arguments = words(folder, folder / "base", four_rows, "model.init=tiny", "data.eval_fraction=0")
-        arguments.append(f"data.eval_path={three_rows}")
+        arguments += [f"data.eval_path={three_rows}", "data.analysis_weight=0.5"]
         arguments += [f"trainer.per_device_train_batch_size={batch_size}", "export.formats=[adapter]"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29571"}
         subprocess.run([*launcher, "-m", "gptoss_ft", "train", *arguments], check=True, env=environment)

@@ -16,8 +16,10 @@ from gptoss_ft.config.catalog import CONFIGS, choices, groups, keys, presets, su
 from gptoss_ft.config.load import check_paths, compose_train_config, load_command, load_train_config, to_yaml
 from gptoss_ft.config.schema import (
     AttnImplementation,
+    BuiltinTool,
     Dtype,
     InitCommand,
+    LossPolicy,
     Optim,
     Schedule,
     Shape,
@@ -150,6 +152,11 @@ def test_defaults_written_by_hand_equal_the_loaded_ones():
         ("data.path=one.jsonl", ["one.jsonl"]),
         ("data.path=[one.jsonl,two.jsonl]", ["one.jsonl", "two.jsonl"]),
         ("data.eval_path=null", None),
+        ("data.policy=all", LossPolicy.all),
+        ("data.knowledge_cutoff=2024-06", "2024-06"),
+        ("data.current_date=2025-06-28", "2025-06-28"),
+        ("data.identity=null", None),
+        ("data.builtin_tools=python", [BuiltinTool.python]),
         ("adapter.layers=3", [3]),
         ("adapter.layers=null", None),
         ("adapter.alpha=16", 16.0),
@@ -229,6 +236,9 @@ def test_mistake_in_a_word_is_named(here, word, message):
         ("data.path=[]", "data.path must be at least one file"),
         ("data.eval_fraction=1", "data.eval_fraction must be in [0, 1)"),
         ("data.max_length=1", "data.max_length must be 2 or more"),
+        ("data.final_weight=-1", "data.final_weight must be 0 or more and finite, got -1"),
+        ("data.current_date=2025-02-30", "data.current_date must be null or a day as YYYY-MM-DD, got 2025-02-30"),
+        ("data.current_date=20250228", "data.current_date must be null or a day as YYYY-MM-DD, got 20250228"),
         ("trainer.max_steps=0", "trainer.max_steps must be -1 or above 0, got 0"),
         ("trainer.learning_rate=0", "trainer.learning_rate must be above 0"),
         ("trainer.learning_rate=1e38", "trainer.learning_rate must be above 0 and at most 1 (AdamW moves each weight "),
@@ -260,6 +270,9 @@ def test_largest_seed_is_one_that_every_generator_takes():
 def test_values_that_exclude_each_other_are_named():
     rows = ["data.eval_path=held_out.jsonl", "data.eval_fraction=0.1"]
     assert "data.eval_fraction must be 0 when data.eval_path" in refused(*REQUIRED, *rows)
+    assert "data.share_prefixes needs data.packing=true" in refused(*REQUIRED, "data.share_prefixes=true")
+    channels = ["data.analysis_weight=0", "data.commentary_weight=0", "data.final_weight=0"]
+    assert "are all 0: nothing would learn" in refused(*REQUIRED, *channels)
     assert "adapter.dropout must be 0" in refused(*REQUIRED, "adapter.dropout=0.1", "adapter.targets=[router,experts]")
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from gptoss_ft.data.dataset import compile_samples, split_rows, to_dataset
 from gptoss_ft.errors import ConfigError, UserError
+from gptoss_ft.harmony.conversation import Conversation
 from gptoss_ft.harmony.vocabulary import decode
 
 TWO_TURNS = [
@@ -61,7 +62,7 @@ def test_counts(rows_file):
 
 def test_default_effort_is_for_rows_without_one(rows_file):
     path = rows_file({"messages": TWO_TURNS[:2]}, {"messages": TWO_TURNS[:2], "reasoning_effort": "high"})
-    compiled = compile_samples([path], default_reasoning_effort="low", max_length=512)
+    compiled = compile_samples([path], defaults=Conversation((), reasoning_effort="low"), max_length=512)
     assert ["Reasoning: low" in decode(sample.input_ids) for sample in compiled.samples] == [True, False]
 
 
@@ -119,6 +120,6 @@ def test_split_never_empties_a_side(rows_file):
 def test_dataset_columns(rows_file):
     samples = compile_samples([rows_file({"messages": TWO_TURNS})], max_length=512).samples
     dataset = to_dataset(samples)
-    assert dataset.column_names == ["input_ids", "labels"]
+    assert dataset.column_names == ["input_ids", "labels", "loss_weights"]
     for row, sample in zip(dataset, samples, strict=True):
-        assert row == {"input_ids": sample.input_ids, "labels": sample.labels}
+        assert row == {name: getattr(sample, name) for name in dataset.column_names}

@@ -4,7 +4,7 @@ import pytest
 
 from gptoss_ft.data.schemas.messages import read_messages_row
 from gptoss_ft.errors import UserError
-from gptoss_ft.harmony.conversation import DEFAULT_IDENTITY, Message, Tool
+from gptoss_ft.harmony.conversation import DEFAULT_IDENTITY, Conversation, Message, Tool
 from gptoss_ft.harmony.generations import generations
 from gptoss_ft.harmony.vocabulary import decode
 
@@ -131,7 +131,12 @@ def test_tools_bare_or_wrapped_and_without_nulls(wrap):
 def test_row_settings():
     assert read(USER, ANSWER).reasoning_effort == "medium"
     assert read(USER, ANSWER).model_identity == DEFAULT_IDENTITY
-    assert read_messages_row({"messages": [USER, ANSWER]}, default_reasoning_effort="low").reasoning_effort == "low"
+    defaults = Conversation(
+        (), reasoning_effort="low", model_identity="A parrot.", conversation_start_date="2025-06-28"
+    )
+    by_default = read_messages_row({"messages": [USER, ANSWER]}, defaults=defaults)
+    assert (by_default.reasoning_effort, by_default.model_identity) == ("low", "A parrot.")
+    assert by_default.conversation_start_date == "2025-06-28"
     inner = {"reasoning_effort": "high", "model_identity": "You are Ada."}
     conversation = read(USER, ANSWER, chat_template_kwargs=inner)
     assert (conversation.reasoning_effort, conversation.model_identity) == ("high", "You are Ada.")

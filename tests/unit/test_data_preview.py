@@ -26,8 +26,8 @@ ROW = {
 @pytest.fixture(scope="module", params=[0, 1], ids=["call", "answer"])
 def sample(request):
     generation = generations(read_messages_row(ROW))[request.param]
-    labels = [IGNORED_LABEL] * len(generation.prompt_ids) + generation.completion_ids
-    return Sample(generation.prompt_ids + generation.completion_ids, labels, "some/rows.jsonl:7", request.param)
+    weights = [0.0] * len(generation.prompt_ids) + generation.loss_weights
+    return Sample(generation.prompt_ids + generation.completion_ids, weights, "some/rows.jsonl:7", request.param)
 
 
 class Spans(HTMLParser):

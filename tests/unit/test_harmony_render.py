@@ -1,8 +1,8 @@
 import pytest
 
-from gptoss_ft.harmony.conversation import Conversation, Message, Tool
+from gptoss_ft.harmony.conversation import Conversation, Message, ResponseFormat, Tool
 from gptoss_ft.harmony.generations import generation_prompt_ids
-from gptoss_ft.harmony.render import developer_text, message_ids, system_text
+from gptoss_ft.harmony.render import developer_text, message_ids, opening_ids, system_text
 from gptoss_ft.harmony.vocabulary import decode
 
 WEATHER = Tool(
@@ -106,3 +106,21 @@ def test_union_description_above_or_beside_never_twice():
 
     assert "// id\na?:\n | string\n | number\n,\n" in rendered("id", "a name")
     assert "(_: {\na?:\n | string\n | number\n,\n" in rendered("id", "id")
+
+
+def test_response_formats_end_the_developer_message():
+    formats = (ResponseFormat("answer", {"type": "object", "properties": {"naïve": {}}}, "What to say.\nNo more."),)
+    assert developer_text("Be brief.", [Tool("now")], formats) == (
+        "# Instructions\n\nBe brief.\n\n# Tools\n\n## functions\n\nnamespace functions {\n\ntype now = () => any;\n\n"
+        "} // namespace functions\n\n# Response Formats\n\n## answer\n\n// What to say.\n// No more.\n"
+        '{"type":"object","properties":{"naïve":{}}}'
+    )
+
+
+def test_verbatim_texts_replace_the_rest_of_the_opening():
+    asked = Conversation((), tools=(WEATHER,), verbatim_system="Hello.", verbatim_developer="Be brief.")
+    assert decode(opening_ids(asked)) == (
+        "<|start|>system<|message|>Hello.<|end|><|start|>developer<|message|>Be brief.<|end|>"
+    )
+    alone = Conversation((), tools=(WEATHER,), verbatim_system="Hello.")
+    assert decode(opening_ids(alone)) == "<|start|>system<|message|>Hello.<|end|>"

@@ -9,12 +9,21 @@ from gptoss_ft.adapters.attach import Targets, attach_adapters, lora_layers
 from gptoss_ft.data.collate import PaddingCollator
 from gptoss_ft.model.load import load_base
 from gptoss_ft.training.audit import audit_gradients, watch_experts
-from gptoss_ft.training.loss import num_loss_tokens, summed_loss
+from gptoss_ft.training.loss import num_loss_tokens, summed_loss, total_weight
 from gptoss_ft.training.trainer import SftTrainer
 
 SAMPLES = [
     {"input_ids": list(range(10, 10 + length)), "labels": [-100] * prompt + list(range(10 + prompt, 10 + length))}
     for length, prompt in ((12, 4), (20, 3), (9, 8), (15, 10), (11, 1), (17, 16), (8, 2), (13, 5))
+]
+
+# The same with a weight for every token, so that samples with few loss tokens can weigh more than those with many.
+WEIGHTED = [
+    {
+        **sample,
+        "loss_weights": [0.25 * (1 + number + at % 3) * (label != -100) for at, label in enumerate(sample["labels"])],
+    }
+    for number, sample in enumerate(SAMPLES)
 ]
 
 
@@ -65,8 +74,24 @@ def test_padding_changes_nothing(model):
     assert num_loss_tokens(collate(SAMPLES)) == sum(num_loss_tokens(collate([s])) for s in SAMPLES)
 
 
+def test_weighted_loss_is_the_weighted_sum_over_all_logits(model):
+    batch = collate(WEIGHTED[:4])
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
+    truth = (losses * batch["loss_weights"][:, 1:].flatten()).sum()
+    truth.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    loss = summed_loss(model, model.get_base_model(), batch, chunk_size=5)
+    loss.backward()
+    torch.testing.assert_close(loss, truth)
+    assert_equal(gradients(model), expected)
+    assert total_weight(batch) == pytest.approx(float(batch["loss_weights"][:, 1:].sum()))
+
+
+@pytest.mark.parametrize("samples", [SAMPLES, WEIGHTED], ids=["plain", "weighted"])
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (2, 4), (1, 8)])
-def test_a_split_batch_takes_the_same_step_as_the_whole(model, tmp_path, batch_size, accumulation):
+def test_a_split_batch_takes_the_same_step_as_the_whole(model, tmp_path, batch_size, accumulation, samples):
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     def one_step(batch_size, accumulation):
@@ -88,7 +113,7 @@ def test_a_split_batch_takes_the_same_step_as_the_whole(model, tmp_path, batch_s
             disable_tqdm=True,
         )
         trainer = SftTrainer(
-            model=model, args=arguments, train_dataset=SAMPLES, data_collator=collate, loss_chunk_size=64
+            model=model, args=arguments, train_dataset=samples, data_collator=collate, loss_chunk_size=64
         )
         trainer.train()
         moved = {name: p.detach() - start[name] for name, p in model.named_parameters() if p.requires_grad}
@@ -100,14 +125,15 @@ def test_a_split_batch_takes_the_same_step_as_the_whole(model, tmp_path, batch_s
     assert_equal(split, whole)
 
 
-def test_evaluation_weighs_every_token_alike(model, tmp_path):
+@pytest.mark.parametrize("samples", [SAMPLES, WEIGHTED], ids=["plain", "weighted"])
+def test_evaluation_is_the_mean_over_tokens_by_weight(model, tmp_path, samples):
     arguments = TrainingArguments(
         str(tmp_path), per_device_eval_batch_size=3, report_to=[], use_cpu=True, remove_unused_columns=False
     )
-    trainer = SftTrainer(model=model, args=arguments, eval_dataset=SAMPLES, data_collator=collate, loss_chunk_size=64)
+    trainer = SftTrainer(model=model, args=arguments, eval_dataset=samples, data_collator=collate, loss_chunk_size=64)
     metrics = trainer.evaluate()
-    batch = collate(SAMPLES)
-    expected = float(summed_loss(model, model.get_base_model(), batch).detach()) / num_loss_tokens(batch)
+    batch = collate(samples)
+    expected = float(summed_loss(model, model.get_base_model(), batch).detach()) / total_weight(batch)
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics["eval_tokens"] == num_loss_tokens(batch)
 

@@ -11,13 +11,13 @@ call, where a serving loop puts it, since the model stops at every call.
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
 from gptoss_ft.data.schemas.fields import Field
 from gptoss_ft.data.schemas.functions import call_arguments, read_tools, safe_name
 from gptoss_ft.harmony.conversation import (
-    DEFAULT_IDENTITY,
     FUNCTIONS,
     REASONING_EFFORTS,
     Conversation,
@@ -26,12 +26,13 @@ from gptoss_ft.harmony.conversation import (
     Tool,
 )
 
+DEFAULTS = Conversation(messages=())
 ROLES = ("system", "developer", "user", "assistant", "tool")
 THINKING_KEYS = ("thinking", "reasoning_content", "reasoning")
 
 
-def read_messages_row(row: Mapping[str, Any], *, default_reasoning_effort: ReasoningEffort = "medium") -> Conversation:
-    """The conversation of a row.
+def read_messages_row(row: Mapping[str, Any], *, defaults: Conversation = DEFAULTS) -> Conversation:
+    """The conversation of a row; what it does not say about the system message is taken from `defaults`.
 
     Raises:
         UserError: naming the field, if the row is not of this format or has no assistant message.
@@ -42,12 +43,13 @@ def read_messages_row(row: Mapping[str, Any], *, default_reasoning_effort: Reaso
         raise fields["messages"].error("has no assistant message, so there is nothing to learn; remove the row")
     leading = list(takewhile(_gives_instructions, entries))
     tools = read_tools(fields["tools"])
-    return Conversation(
+    return replace(
+        defaults,
         messages=tuple(_messages(entries[len(leading) :], tools)),
         tools=tools,
         instructions="\n\n".join(text for text in map(_content, leading) if text) or None,
-        reasoning_effort=_reasoning_effort(fields) or default_reasoning_effort,
-        model_identity=_setting(fields, "model_identity").joined_text() or DEFAULT_IDENTITY,
+        reasoning_effort=_reasoning_effort(fields) or defaults.reasoning_effort,
+        model_identity=_setting(fields, "model_identity").joined_text() or defaults.model_identity,
     )
 
 
