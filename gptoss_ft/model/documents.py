@@ -44,7 +44,7 @@ def document_masks(
     if visible_until is not None and config._attn_implementation not in TAKE_ANY_MASK:
         raise UserError(
             f"model.attn_implementation={config._attn_implementation} cannot tell the branches of a tree apart: "
-            f"use {' or '.join(TAKE_ANY_MASK)}, or set data.share_prefixes=false"
+            "use eager, or set data.share_prefixes=false"
         )
 
     def same_document(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def model(small_bases):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
     torch.manual_seed(0)
-    model = load_base(small_bases["bf16"], precision="bf16", dtype=torch.float64)
+    model = load_base(small_bases["bf16"], precision="bf16", dtype=torch.float64, attn_implementation="eager")
     model.set_experts_implementation("eager")  # the default one has no fp64
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GptOssRMSNorm, "forward", norm)
@@ -162,8 +162,9 @@ def test_trees_are_refused_by_an_attention_that_has_no_masks(model):
         document_masks(other, ids, ids, torch.float32, visible_until=ids)
 
 
-def test_in_fp32_too(small_bases, samples):
-    model = load_base(small_bases["mxfp4"], dtype=torch.float32)
+@pytest.mark.parametrize("implementation", ["eager", "gptoss_ft"])
+def test_in_fp32_too(implementation, small_bases, samples):
+    model = load_base(small_bases["mxfp4"], dtype=torch.float32, attn_implementation=implementation)
     model.get_input_embeddings().requires_grad_(True)
     alone = [collate([row]) for row in to_dataset(samples)]
     losses = [float(summed_loss(model, model, batch).detach()) for batch in alone]
