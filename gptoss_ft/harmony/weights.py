@@ -20,9 +20,8 @@ class LossRules:
             answers on the final channel; `no_reasoning`, all but the chain of thought; `tool_calls_only`.
         preambles: whether what the assistant says to the user before a call counts.
         missing_reasoning: for generations that no chain of thought leads to, which teach the model to answer without
-            one. `keep` them; `low_effort` asks for them with `Reasoning: low`, but in a verbatim system message;
-            `mask_channel` has no loss on the channel that the completion opens with, where the choice not to think is
-            made; `drop` has none at all.
+            one: `keep` them; `low_effort` asks for them with `Reasoning: low` (but in verbatim text); `mask_channel` has no loss on the
+            channel that the completion opens with, where the choice not to think is made; `drop` has none at all.
     """
 
     policy: LossPolicy = "all"

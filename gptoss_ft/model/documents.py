@@ -13,10 +13,6 @@ from torch import Tensor
 from transformers import GptOssConfig
 from transformers.masking_utils import create_causal_mask
 
-from gptoss_ft.errors import UserError
-
-# An attention that finds documents by itself, where positions restart, would cut branches off from what they grow from.
-TAKE_ANY_MASK = ("eager", "flex_attention")
 # The masks as transformers takes them in place of a mask of padding.
 MasksByLayerType = dict[str, Any]
 
@@ -37,15 +33,7 @@ def document_masks(
         dtype: of the hidden states.
         visible_until: `[B, T]`, the first place in the row from which a token is out of sight, if documents are trees
             in depth-first order: a branch does not see its neighbours. A window is measured in positions.
-
-    Raises:
-        UserError: for trees under an attention that would take them for documents one after the other.
     """
-    if visible_until is not None and config._attn_implementation not in TAKE_ANY_MASK:
-        raise UserError(
-            f"model.attn_implementation={config._attn_implementation} cannot tell the branches of a tree apart: "
-            f"use {' or '.join(TAKE_ANY_MASK)}, or set data.share_prefixes=false"
-        )
 
     def same_document(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same = document_ids[row, query] == document_ids[row, key]

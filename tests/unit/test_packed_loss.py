@@ -11,7 +11,6 @@ from gptoss_ft.data.collate import PaddingCollator
 from gptoss_ft.data.dataset import Sample, to_dataset
 from gptoss_ft.data.packing import best_fit, to_packed_dataset, to_tree_dataset
 from gptoss_ft.data.prefix_tree import prefix_trees
-from gptoss_ft.errors import UserError
 from gptoss_ft.harmony.conversation import Conversation, Message
 from gptoss_ft.harmony.generations import generations
 from gptoss_ft.harmony.weights import LossRules
@@ -152,14 +151,6 @@ def test_flex_attention_is_given_the_same_masks(model, conversations):
         allowed = create_mask(flex_masks[kind].mask_mod, 1, 1, length, length, device="cpu")
         assert torch.equal(allowed, eager == 0)
     assert not torch.equal(eager_masks["full_attention"], eager_masks["sliding_attention"])
-
-
-def test_trees_are_refused_by_an_attention_that_has_no_masks(model):
-    other = copy.copy(model.config)
-    other._attn_implementation = "flash_attention_3"
-    ids = torch.zeros(1, 4, dtype=torch.long)
-    with pytest.raises(UserError, match=r"attn_implementation=flash_attention_3 cannot.*data.share_prefixes=false"):
-        document_masks(other, ids, ids, torch.float32, visible_until=ids)
 
 
 def test_in_fp32_too(small_bases, samples):
