@@ -86,6 +86,36 @@ def doctor(words: list[str]) -> int:
     return 0 if doctor.main(cfg) else 1
 
 
+def data_check(words: list[str]) -> int:
+    from gptoss_ft.config.load import load_command
+
+    cfg = load_command(schema.DataCheckCommand, words)
+    from gptoss_ft.recipes import data
+
+    print(data.check(cfg))
+    return 0
+
+
+def data_render(words: list[str]) -> int:
+    from gptoss_ft.config.load import load_command
+
+    cfg = load_command(schema.DataRenderCommand, words)
+    from gptoss_ft.recipes import data
+
+    print(data.render(cfg))
+    return 0
+
+
+def data_preview(words: list[str]) -> int:
+    from gptoss_ft.config.load import load_command
+
+    cfg = load_command(schema.DataPreviewCommand, words)
+    from gptoss_ft.recipes import data
+
+    data.preview(cfg)
+    return 0
+
+
 COMMANDS = {
     "init": Command(
         init,
@@ -122,7 +152,27 @@ COMMANDS = {
         "check and time every kernel on this machine, and say what runs where and why; takes about half a minute",
         ("gptoss-ft doctor", "gptoss-ft doctor device=cpu out=doctor.json"),
     ),
+    "data check": Command(
+        data_check,
+        schema.DataCheckCommand,
+        "count what rows hold and would teach, and rank what looks wrong with them",
+        ("gptoss-ft data check path=rows.jsonl", "gptoss-ft data check path=rows.jsonl on_error=skip max_length=8192"),
+    ),
+    "data render": Command(
+        data_render,
+        schema.DataRenderCommand,
+        "write each generation's tokens, loss weights and text",
+        ("gptoss-ft data render path=rows.jsonl out=samples.jsonl",),
+    ),
+    "data preview": Command(
+        data_preview,
+        schema.DataPreviewCommand,
+        "show samples token by token, in the terminal or as a web page",
+        ("gptoss-ft data preview path=rows.jsonl count=3", "gptoss-ft data preview path=rows.jsonl out=preview.html"),
+    ),
 }
+# First words of the commands that have two.
+GROUPS = sorted({name.partition(" ")[0] for name in COMMANDS if " " in name})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,7 +188,11 @@ def main(argv: list[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"gptoss-ft {__version__}")
         return 0
-    name, *rest = words
+    num_words = 2 if words[0] in GROUPS else 1
+    name, rest = " ".join(words[:num_words]), words[num_words:]
+    if num_words == 2 and (len(words) == 1 or words[1] in HELP):
+        print(overview(words[0]))
+        return 0 if len(words) > 1 else 2
     if name not in COMMANDS:
         print(f"error: unknown command '{name}'{did_you_mean(name, COMMANDS) or ': see --help'}", file=sys.stderr)
         return 2
@@ -184,11 +238,12 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def overview() -> str:
-    """The answer to `gptoss-ft --help`."""
+def overview(group: str = "") -> str:
+    """The answer to `gptoss-ft --help`, or to `gptoss-ft data --help` and the like."""
+    commands = {name: command for name, command in COMMANDS.items() if name.startswith(group)}
     lines = ["usage: gptoss-ft COMMAND key=value ...", "", "Fine-tune gpt-oss through its packed MXFP4 experts.", ""]
-    lines += [f"  {name:<8} {command.meaning}" for name, command in COMMANDS.items()]
-    lines += ["", "examples:", *(f"  {command.examples[0]}" for command in COMMANDS.values())]
+    lines += [f"  {name:<12} {command.meaning}" for name, command in commands.items()]
+    lines += ["", "examples:", *(f"  {command.examples[0]}" for command in commands.values())]
     lines += ["", "gptoss-ft COMMAND --help explains every key; gptoss-ft --version prints the version."]
     return "\n".join(lines)
 

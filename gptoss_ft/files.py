@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -61,11 +62,25 @@ def write_whole(path: Path | str, text: str) -> None:
     Raises:
         UserError: if the file cannot be written there, or the disk is full.
     """
+    with whole_file(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def whole_file(path: Path | str) -> Iterator[TextIO]:
+    """Yield a text file to fill; it is renamed to `path` when the block succeeds and removed when it fails.
+
+    Raises:
+        UserError: if the file cannot be written there, or the disk is full.
+    """
     path = Path(path)
     partial = partial_of(path)
     try:
+        with naming_a_bad_place(path):
+            file = partial.open("w", encoding="utf-8")
+        with naming_a_full_disk(path), file:
+            yield file
         with naming_a_bad_place(path), naming_a_full_disk(path):
-            partial.write_text(text, encoding="utf-8")
             partial.replace(path)
     finally:
         if os.path.lexists(partial):

@@ -1,32 +1,63 @@
 """The samples that a run trains on and those that it holds out, by the data section of its config."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from gptoss_ft.config.schema import DataConfig
+from gptoss_ft.config.schema import DataConfig, RowsConfig
+from gptoss_ft.data.cache import cached
 from gptoss_ft.data.dataset import CompiledSamples, Sample, compile_samples, split_rows
+from gptoss_ft.data.mixture import mix
+from gptoss_ft.data.rows import OnError, RowSettings
+from gptoss_ft.data.skipped import SkippedRows
 from gptoss_ft.harmony.conversation import BuiltinTool, Conversation, ReasoningEffort
 from gptoss_ft.harmony.weights import LossPolicy, LossRules, MissingReasoning
 
 
-def compile_rows(paths: Sequence[str | Path], cfg: DataConfig, *, progress: bool = False) -> CompiledSamples:
-    """Compile row files by the data section's settings.
+def compile_rows(
+    paths: Sequence[str | Path], cfg: DataConfig, *, skipped: SkippedRows | None = None, verbose: bool = False
+) -> CompiledSamples:
+    """Compile rows by the data section's settings.
+
+    Args:
+        skipped: takes the rows that `data.on_error=skip` leaves out.
+        verbose: show the progress and say which format each file is read in.
 
     Raises:
         UserError: naming file and line, if a row cannot be used; or if no sample is left.
     """
-    return compile_samples(
-        paths,
+    settings, rules = row_settings(cfg), loss_rules(cfg)
+
+    def compile() -> CompiledSamples:
+        return compile_samples(
+            paths,
+            rows=settings,
+            rules=rules,
+            max_length=cfg.max_length,
+            skipped=skipped,
+            announce=print if verbose else lambda text: None,
+            progress=verbose,
+        )
+
+    if cfg.cache_dir is None:
+        return compile()
+    # Any number of processes gives the same samples.
+    return cached(cfg.cache_dir, paths, (replace(settings, num_processes=0), rules, cfg.max_length), compile)
+
+
+def row_settings(cfg: RowsConfig) -> RowSettings:
+    """How rows are read."""
+    return RowSettings(
         format=cfg.format.value,
         defaults=conversation_defaults(cfg),
-        rules=loss_rules(cfg),
-        max_length=cfg.max_length,
-        progress=progress,
+        on_error=cast(OnError, cfg.on_error.value),
+        max_skipped=cfg.max_skipped,
+        num_processes=cfg.num_processes,
     )
 
 
-def conversation_defaults(cfg: DataConfig) -> Conversation:
+def conversation_defaults(cfg: RowsConfig) -> Conversation:
     """What the system message says where a row says nothing."""
     return Conversation(
         messages=(),
@@ -38,7 +69,7 @@ def conversation_defaults(cfg: DataConfig) -> Conversation:
     )
 
 
-def loss_rules(cfg: DataConfig) -> LossRules:
+def loss_rules(cfg: RowsConfig) -> LossRules:
     """What of a conversation has loss, and how much."""
     return LossRules(
         policy=cast(LossPolicy, cfg.policy.value),
@@ -51,16 +82,18 @@ def loss_rules(cfg: DataConfig) -> LossRules:
 
 
 def split_samples(
-    cfg: DataConfig, seed: int, *, progress: bool = False
+    cfg: DataConfig, seed: int, *, skipped: SkippedRows | None = None, verbose: bool = False
 ) -> tuple[list[Sample], list[Sample], list[CompiledSamples]]:
     """Training samples, held-out samples (empty if nothing is held out), and what was compiled, for its counts.
 
     Held out are the rows of `eval_path`, or else a share `eval_fraction` of the training rows, drawn by `seed`.
     """
-    compiled = [compile_rows(cfg.path, cfg, progress=progress)]
+    compiled = [compile_rows(cfg.path, cfg, skipped=skipped, verbose=verbose)]
     train, held_out = split_rows(compiled[0].samples, cfg.eval_fraction, seed)
+    if cfg.weights is not None:
+        train = mix(train, cfg.path, cfg.weights, seed)
     if cfg.eval_path:
-        compiled.append(compile_rows(cfg.eval_path, cfg, progress=progress))
+        compiled.append(compile_rows(cfg.eval_path, cfg, skipped=skipped, verbose=verbose))
         held_out = compiled[1].samples
     return train, held_out, compiled
 

@@ -17,8 +17,10 @@ from gptoss_ft.config.load import to_yaml
 from gptoss_ft.config.schema import AdapterConfig, DataConfig, ModelConfig, TrainConfig, TrainerConfig
 from gptoss_ft.data.collate import PaddingCollator
 from gptoss_ft.data.dataset import Sample, to_dataset
+from gptoss_ft.data.files import absolute
 from gptoss_ft.data.packing import best_fit, to_packed_dataset, to_tree_dataset
 from gptoss_ft.data.prefix_tree import prefix_trees
+from gptoss_ft.data.skipped import SkippedRows
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.fingerprint import write_fingerprint
 from gptoss_ft.files import check_writable_parent
@@ -49,7 +51,7 @@ def main(cfg: TrainConfig) -> Path:
     cfg = with_absolute_paths(cfg)
     run = RunFolder(cfg.run.dir)
     resume_from = open_run_folder(run, cfg)
-    train_set, eval_set = build_datasets(cfg.data, cfg.seed)
+    train_set, eval_set = build_datasets(cfg.data, cfg.seed, skipped_path=f"{run.path}.skipped.jsonl")
     base = prepare_base(cfg.model, cfg.seed)
     model = attach(base, cfg.adapter, cfg.seed)
     if state.is_main_process:
@@ -85,8 +87,10 @@ def with_absolute_paths(cfg: TrainConfig) -> TrainConfig:
     """The config as it is recorded: it means the same from any working directory."""
     data = replace(
         cfg.data,
-        path=[os.path.abspath(path) for path in cfg.data.path],
-        eval_path=cfg.data.eval_path and [os.path.abspath(path) for path in cfg.data.eval_path],
+        path=[absolute(path) for path in cfg.data.path],
+        eval_path=cfg.data.eval_path and [absolute(path) for path in cfg.data.eval_path],
+        skipped_path=cfg.data.skipped_path and os.path.abspath(cfg.data.skipped_path),
+        cache_dir=cfg.data.cache_dir and os.path.abspath(cfg.data.cache_dir),
     )
     model = replace(cfg.model, path=os.path.abspath(cfg.model.path))
     return replace(cfg, run=replace(cfg.run, dir=os.path.abspath(cfg.run.dir)), model=model, data=data)
@@ -129,12 +133,16 @@ def train(trainer: SftTrainer, resume_from: Path | None) -> None:
                 callback.close()
 
 
-def build_datasets(cfg: DataConfig, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Compile every row and say what came of it; returns training and held-out samples (None if nothing is)."""
+def build_datasets(cfg: DataConfig, seed: int, *, skipped_path: str | None = None) -> tuple[Dataset, Dataset | None]:
+    """Compile every row and say what came of it; returns training and held-out samples (None if nothing is).
+
+    Rows that are left out go to the config's `skipped_path`, else to this one.
+    """
     is_main = PartialState().is_main_process
-    train_samples, held_out, compiled = split_samples(cfg, seed, progress=is_main)
+    with SkippedRows((cfg.skipped_path or skipped_path) if is_main else None) as skipped:
+        train_samples, held_out, compiled = split_samples(cfg, seed, skipped=skipped, verbose=is_main)
     if is_main:
-        print(*compiled, sep="\n")
+        print(*compiled, *([skipped] if skipped.count else []), sep="\n")
     to_table = partial(packed_dataset, cfg=cfg, verbose=is_main) if cfg.packing else to_dataset
     return to_table(train_samples), to_table(held_out) if held_out else None
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gptoss_ft.config.catalog import rows_fault
 from gptoss_ft.config.schema import DataConfig, VerifyCommand
 from gptoss_ft.data.dataset import Sample
 from gptoss_ft.errors import UserError
@@ -65,7 +66,7 @@ def rows_of_run(cfg: DataConfig, seed: int) -> list[Sample]:
     Raises:
         UserError: naming the first file that is not.
     """
-    absent = [path for path in cfg.eval_path or cfg.path if not Path(path).is_file()]
-    if absent:
-        raise UserError(f"{absent[0]}: no such file; the run's rows have moved, so name rows to compare on: data=FILE")
+    for path in cfg.eval_path or cfg.path:
+        if fault := rows_fault(path):
+            raise UserError(f"{path}: {fault}; the run's rows have moved, so name rows to compare on: data=FILE")
     return held_out_samples(cfg, seed)

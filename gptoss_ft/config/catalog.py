@@ -7,6 +7,7 @@ import typing
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Enum
+from glob import glob, has_magic
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,7 @@ class Key:
     required: bool
     default: Any
     meaning: str
-    reads: Literal["file", "folder"] | None
+    reads: Literal["file", "folder", "rows"] | None
 
     @property
     def wanted(self) -> str:
@@ -110,6 +111,13 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     spellings = {option.rpartition(".")[2]: option for option in options} | {option: option for option in options}
     near = [hit for part in (word, word.rpartition(".")[2]) for hit in difflib.get_close_matches(part, spellings, n=1)]
     return f": did you mean '{spellings[near[0]]}'?" if near else ""
+
+
+def rows_fault(path: str) -> str:
+    """Why no rows can be read from `path`; a hub data set's name is taken at its word."""
+    if path.startswith("hf://") or os.path.isdir(path) or (has_magic(path) and glob(path, recursive=True)):
+        return ""
+    return "no file matches" if has_magic(path) else path_fault(Path(path), "file")
 
 
 def path_fault(path: Path, wanted: Literal["file", "folder"]) -> str:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 import gptoss_ft
-from gptoss_ft.config.catalog import Key, did_you_mean, groups, keys, path_fault, presets, shown
+from gptoss_ft.config.catalog import Key, did_you_mean, groups, keys, path_fault, presets, rows_fault, shown
 from gptoss_ft.config.compose import compose_presets, is_file
 from gptoss_ft.config.schema import TrainConfig
 from gptoss_ft.errors import ConfigError
@@ -171,8 +171,8 @@ def check_paths(config: Any) -> None:
         value = getattr(getattr(config, section) if section else config, last)
         if key.reads is None or value is None or (key.name == "model.path" and config.model.init):
             continue
-        for path in map(Path, value if key.is_list else [value]):
-            if fault := path_fault(path, key.reads):
+        for path in value if key.is_list else [value]:
+            if fault := rows_fault(path) if key.reads == "rows" else path_fault(Path(path), key.reads):
                 raise ConfigError(f"{key.name}={path}: {fault}")
 
 

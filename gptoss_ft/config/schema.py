@@ -23,7 +23,24 @@ Target = StrEnum(
     "Target",
     ["attention", "experts", "all", "q_proj", "k_proj", "v_proj", "o_proj", "router", "gate_up_proj", "down_proj"],
 )
-DataFormat = StrEnum("DataFormat", ["messages"])
+DataFormat = StrEnum(
+    "DataFormat",
+    [
+        "auto",
+        "messages",
+        "multilingual_thinking",
+        "openai_chat",
+        "openai_preference",
+        "openai_responses",
+        "openai_rft",
+        "prompt_completion",
+        "preference",
+        "sharegpt",
+        "alpaca",
+        "harmony",
+    ],
+)
+OnError = StrEnum("OnError", ["stop", "skip"])
 ReasoningEffort = StrEnum("ReasoningEffort", ["low", "medium", "high"])
 BuiltinTool = StrEnum("BuiltinTool", ["browser", "python"])
 LossPolicy = StrEnum("LossPolicy", ["all", "last_turn", "final_only", "no_reasoning", "tool_calls_only"])
@@ -48,7 +65,7 @@ ExportFormat = StrEnum("ExportFormat", ["adapter", "adapter_gguf", "bf16", "mxfp
 ATTENTION_TARGETS = (Target.attention, Target.all, Target.q_proj, Target.k_proj, Target.v_proj, Target.o_proj)
 
 
-def key(meaning: str, *, reads: Literal["file", "folder"] | None = None, **options: Any) -> Any:
+def key(meaning: str, *, reads: Literal["file", "folder", "rows"] | None = None, **options: Any) -> Any:
     """A dataclass field with its one-line meaning; `reads` marks a path that has to exist before the command starts."""
     return field(metadata={"meaning": meaning, "reads": reads}, **options)
 
@@ -120,16 +137,12 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    path: list[str] = key("JSONL file or files of training rows", reads="file")
-    format: DataFormat = key("schema of the rows", default=DataFormat.messages)
-    eval_path: list[str] | None = key("JSONL file or files of held-out rows", reads="file", default=None)
-    eval_fraction: float = key("share of the training rows to hold out instead", default=0.0)
+class RowsConfig:
+    """Which rows are read, and how; shared by training and the data commands."""
+
+    path: list[str] = key("rows: files, folders, patterns such as rows/*.jsonl, or hf://owner/name", reads="rows")
+    format: DataFormat = key("format of the rows; auto tells it from the first ones", default=DataFormat.auto)
     max_length: int = key("longest sample, in tokens", default=4096)
-    packing: bool = key("fill rows of max_length tokens with several samples, none of them split", default=False)
-    share_prefixes: bool = key(
-        "with packing, compute once what the samples of a row of data have in common", default=False
-    )
     policy: LossPolicy = key(
         "what has loss: all that the assistant writes, only what follows the last user message, only final answers, "
         "all but its reasoning, or only tool calls",
@@ -154,20 +167,52 @@ class DataConfig:
     builtin_tools: list[BuiltinTool] = key(
         "tools of the model's own training that every row's system message offers", default_factory=list
     )
+    on_error: OnError = key(
+        "what a row that cannot be used does: stop everything, or be left out", default=OnError.stop
+    )
+    max_skipped: float = key("share of the rows that on_error=skip may leave out", default=0.05)
+    skipped_path: str | None = key("JSONL file for the rows left out", default=None)
+    num_processes: int = key("processes that read rows; 0 takes every core where there is enough to read", default=0)
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", "at least one file", "none")
-        require(self.eval_path != [], "data.eval_path", "null or at least one file", "none")
-        require(0 <= self.eval_fraction < 1, "data.eval_fraction", "in [0, 1)", self.eval_fraction)
         require(self.max_length >= 2, "data.max_length", "2 or more", self.max_length)
+        require(0 <= self.max_skipped <= 1, "data.max_skipped", "in [0, 1]", self.max_skipped)
+        require(self.num_processes >= 0, "data.num_processes", "0 or more", self.num_processes)
         weights = ("analysis_weight", "commentary_weight", "final_weight")
         for name in weights:
             require(0 <= getattr(self, name) < inf, f"data.{name}", "0 or more and finite", getattr(self, name))
         if not any(getattr(self, name) for name in weights):
             raise ConfigError("data.analysis_weight, commentary_weight and final_weight are all 0: nothing would learn")
         require(is_date(self.current_date), "data.current_date", "null or a day as YYYY-MM-DD", self.current_date)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(RowsConfig):
+    eval_path: list[str] | None = key("held-out rows, as path names them", reads="rows", default=None)
+    eval_fraction: float = key("share of the training rows to hold out instead", default=0.0)
+    weights: list[float] | None = key(
+        "times that a row of each entry of path is seen in an epoch; 0.5 draws half of them", default=None
+    )
+    cache_dir: str | None = key("folder that keeps compiled samples between runs; null keeps none", default=None)
+    packing: bool = key("fill rows of max_length tokens with several samples, none of them split", default=False)
+    share_prefixes: bool = key(
+        "with packing, compute once what the samples of a row of data have in common", default=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.eval_path != [], "data.eval_path", "null or at least one file", "none")
+        require(0 <= self.eval_fraction < 1, "data.eval_fraction", "in [0, 1)", self.eval_fraction)
         if self.share_prefixes and not self.packing:
             raise ConfigError("data.share_prefixes needs data.packing=true: samples that share tokens share a row")
+        if self.weights is not None:
+            fine = len(self.weights) == len(self.path) and all(0 <= weight < inf for weight in self.weights)
+            require(fine, "data.weights", "null or a finite number from 0 up for each entry of path", self.weights)
+        if self.cache_dir and self.on_error is OnError.skip:
+            raise ConfigError(
+                "data.cache_dir must be null with data.on_error=skip: skipped rows are reported each time"
+            )
         if self.eval_path and self.eval_fraction:
             raise ConfigError("data.eval_fraction must be 0 when data.eval_path names the held-out rows")
 
@@ -295,3 +340,27 @@ class DoctorCommand:
     def __post_init__(self) -> None:
         known = self.device is None or re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None
         require(known, "device", "cpu, cuda or cuda:N", self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheckCommand(RowsConfig):
+    """`gptoss-ft data check`"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRenderCommand(RowsConfig):
+    """`gptoss-ft data render`"""
+
+    out: str = key("JSONL file to write, a line for each generation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPreviewCommand(RowsConfig):
+    """`gptoss-ft data preview`"""
+
+    out: str | None = key("HTML file to write; null shows the samples in the terminal", default=None)
+    count: int = key("samples to show", default=20)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.count >= 1, "count", "1 or more", self.count)

@@ -1,25 +1,21 @@
 """Rows to token samples: one sample per generation, every drop counted."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from datasets import Dataset, Features, List, Value
-from tqdm.auto import tqdm
 
-from gptoss_ft.data.schemas.messages import read_messages_row
-from gptoss_ft.data.source import read_rows
-from gptoss_ft.errors import ConfigError, UserError
+from gptoss_ft.data.rows import DEFAULT_SETTINGS, RowSettings, map_rows
+from gptoss_ft.data.skipped import SkippedRows
+from gptoss_ft.errors import UserError
 from gptoss_ft.harmony.conversation import Conversation
 from gptoss_ft.harmony.generations import DEFAULT_RULES, Generation, generations
 from gptoss_ft.harmony.weights import LossRules
 
 IGNORED_LABEL = -100  # what torch's cross entropy skips
-DEFAULTS = Conversation(messages=())
-READERS: dict[str, Callable[..., Conversation]] = {"messages": read_messages_row}
 
 
 @dataclass(frozen=True)
@@ -69,37 +65,34 @@ class CompiledSamples:
 def compile_samples(
     paths: Sequence[str | Path],
     *,
-    format: str = "messages",
-    defaults: Conversation = DEFAULTS,
+    rows: RowSettings = DEFAULT_SETTINGS,
     rules: LossRules = DEFAULT_RULES,
     max_length: int,
+    skipped: SkippedRows | None = None,
+    announce: Callable[[str], object] = lambda text: None,
     progress: bool = False,
 ) -> CompiledSamples:
     """Compile every row of the files.
 
-    `defaults` is what the system message says where a row says nothing about it; `rules` is what has loss.
+    `rows` is how they are read, `rules` what has loss; `skipped` and `announce` are as `map_rows` takes them.
     A sample over `max_length` tokens is dropped, never cut: a cut one would not teach the model to stop.
 
     Raises:
         UserError: naming file and line, if a row cannot be used; or if no sample is left.
-        ConfigError: if `format` is unknown.
+        ConfigError: if the format is unknown.
     """
-    if format not in READERS:
-        raise ConfigError(f"data.format: {format!r} is not known; use one of {', '.join(READERS)}")
-    read = partial(READERS[format], defaults=defaults)
     compiled: list[Sample] = []
-    rows = rows_without_thinking = 0
-    for path in paths:
-        for line, row in tqdm(read_rows(path), desc=f"compiling {Path(path).name}", unit=" rows", disable=not progress):
-            conversation, samples = _compile_row(row, read, rules, where=f"{path}:{line}")
-            compiled += samples
-            rows += 1
-            rows_without_thinking += not any(message.is_reasoning for message in conversation.messages)
+    num_rows = rows_without_thinking = 0
+    compile_row = partial(_compile_row, rules=rules)
+    for row in map_rows(paths, compile_row, rows, skipped=skipped, announce=announce, progress=progress):
+        compiled += [sample_of(generation, row.where) for generation in row.result.generations]
+        num_rows += 1
+        rows_without_thinking += not row.result.has_thinking
     with_loss = [sample for sample in compiled if sample.num_loss_tokens]
     kept = [sample for sample in with_loss if len(sample.input_ids) <= max_length]
     result = CompiledSamples(
         samples=kept,
-        rows=rows,
+        rows=num_rows,
         rows_without_thinking=rows_without_thinking,
         generations=len(compiled),
         dropped_too_long=len(with_loss) - len(kept),
@@ -110,9 +103,9 @@ def compile_samples(
     if not kept:
         shortest = min((len(sample.input_ids) for sample in with_loss), default=0)
         raise UserError(
-            f"no sample is left of {rows} rows in {', '.join(map(str, paths))}: {result.dropped_too_long} longer than "
-            f"{max_length} tokens (the shortest has {shortest}), {result.dropped_without_loss} with no loss on any "
-            "token; raise data.max_length or choose other rows"
+            f"no sample is left of {num_rows} rows in {', '.join(map(str, paths))}: {result.dropped_too_long} longer "
+            f"than {max_length} tokens (the shortest has {shortest}), {result.dropped_without_loss} with no loss on "
+            "any token; raise data.max_length or choose other rows"
         )
     return result
 
@@ -147,20 +140,19 @@ def to_dataset(samples: Sequence[Sample]) -> Dataset:
     return Dataset.from_dict(columns, features=features)
 
 
-def _compile_row(
-    row: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Conversation], rules: LossRules, where: str
-) -> tuple[Conversation, list[Sample]]:
-    try:
-        conversation = read(row)
-        found = generations(conversation, rules)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"{where}: lists and objects are nested too deeply; flatten them") from error
-    return conversation, [_sample(generation, where) for generation in found]
+@dataclass(frozen=True)
+class _CompiledRow:
+    generations: list[Generation]
+    has_thinking: bool
 
 
-def _sample(generation: Generation, row: str) -> Sample:
+def _compile_row(conversation: Conversation, rules: LossRules) -> _CompiledRow:
+    has_thinking = any(message.is_reasoning for message in conversation.messages)
+    return _CompiledRow(generations(conversation, rules), has_thinking)
+
+
+def sample_of(generation: Generation, row: str) -> Sample:
+    """A generation with its prompt, which has no loss; `row` is `file:line`."""
     return Sample(
         input_ids=generation.prompt_ids + generation.completion_ids,
         loss_weights=[0.0] * len(generation.prompt_ids) + generation.loss_weights,

@@ -3,28 +3,26 @@ r"""A sample as people read it: every token, the channel it is on, and whether t
 Control tokens go by their names. A token that ends inside a UTF-8 character shows the bytes as `\xe2`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby, pairwise, takewhile
 from pathlib import Path
 
 from gptoss_ft.data.dataset import Sample
-from gptoss_ft.harmony.vocabulary import CHANNEL, NUM_RANKS, SPECIAL_TOKENS, START, decode, token_bytes
+from gptoss_ft.data.spans import CONTROL_NAMES, spans, token_text, tokens_text
+from gptoss_ft.harmony.vocabulary import START
 
 CHANNEL_COLOURS = {"analysis": "#8250df", "commentary": "#0550ae", "final": "#116329"}
 NO_CHANNEL_COLOUR = "#57606a"
 LOSS_BACKGROUND = "#fff3bf"
 WHITESPACE = str.maketrans({"\n": "↵\n", "\r": "␍", "\t": "⇥"})
 
-_CONTROL_NAMES = {id_: name for name, id_ in SPECIAL_TOKENS.items()}
-
 
 def sample_html(sample: Sample) -> str:
     """An HTML fragment: a span per token, its id as tooltip, coloured by channel, highlighted where it has loss."""
     # Styles are inline, because notebooks drop style sheets from outputs that they do not trust.
     channels = "".join(f' · <span style="color:{colour}">{name}</span>' for name, colour in CHANNEL_COLOURS.items())
-    legend = f'{escape(_caption(sample))} (<span style="background:{LOSS_BACKGROUND}">highlighted</span>){channels}'
+    legend = f'{escape(caption(sample))} (<span style="background:{LOSS_BACKGROUND}">highlighted</span>){channels}'
     spans = "".join(_span(token) for token in _tokens(sample))
     return (
         '<div style="background:#fff;color:#1f2328;padding:.6em;border:1px solid #d0d7de;font-size:12px">'
@@ -36,7 +34,7 @@ def sample_html(sample: Sample) -> str:
 
 def sample_text(sample: Sample) -> str:
     """The sample for a terminal: a line for each message and line of text, `+` in the margin where it has loss."""
-    lines = [_caption(sample, " (+)")]
+    lines = [caption(sample, " (+)")]
     block: list[int] = []
     pairs = list(zip(sample.input_ids, _has_loss(sample), strict=True))
     for position, (id_, has_loss) in enumerate(pairs):
@@ -49,19 +47,6 @@ def sample_text(sample: Sample) -> str:
     return "\n".join(lines)
 
 
-def tokens_text(ids: Sequence[int]) -> str:
-    """Text of any ids that a model can produce; those that stand for no token are named by number."""
-    runs = [(assigned, list(run)) for assigned, run in groupby(ids, key=_is_assigned)]
-    return "".join(decode(run) if assigned else "".join(map(token_text, run)) for assigned, run in runs)
-
-
-def token_text(id_: int) -> str:
-    """One token by itself."""
-    if not _is_assigned(id_):
-        return f"<|unassigned_{id_}|>"
-    return token_bytes(id_).decode(errors="backslashreplace")
-
-
 @dataclass(frozen=True)
 class _Token:
     id: int
@@ -71,29 +56,17 @@ class _Token:
 
 def _tokens(sample: Sample) -> Iterator[_Token]:
     """Every token with the channel of its message."""
-    starts = [position for position, id_ in enumerate(sample.input_ids) if id_ == START]
-    bounds = sorted({0, *starts, len(sample.input_ids)})
     has_loss = _has_loss(sample)
-    for start, stop in pairwise(bounds):
-        ids = sample.input_ids[start:stop]
-        channel = _channel(ids)
-        for offset, id_ in enumerate(ids):
-            yield _Token(id_, channel, has_loss[start + offset])
-
-
-def _channel(message_ids: Sequence[int]) -> str | None:
-    """The channel in a message's header; a call's header goes on with ` to=...` behind it."""
-    if CHANNEL not in message_ids:
-        return None
-    header = message_ids[message_ids.index(CHANNEL) + 1 :]
-    return tokens_text(list(takewhile(lambda id_: id_ not in _CONTROL_NAMES, header))).partition(" ")[0]
+    for span in spans(sample.input_ids):
+        for position in range(span.start, span.stop):
+            yield _Token(sample.input_ids[position], span.channel, has_loss[position])
 
 
 def _span(token: _Token) -> str:
     style = f"color:{CHANNEL_COLOURS.get(token.channel or '', NO_CHANNEL_COLOUR)}"
     if token.has_loss:
         style += f";background:{LOSS_BACKGROUND}"
-    if token.id in _CONTROL_NAMES:
+    if token.id in CONTROL_NAMES:
         style += ";font-weight:bold"
     # The line shows where one token ends and the next begins, spaces included.
     style += ";border-left:1px solid #d8dee4"
@@ -101,14 +74,11 @@ def _span(token: _Token) -> str:
     return f'<span title="{token.id}" style="{style}">{text}</span>'
 
 
-def _caption(sample: Sample, loss_mark: str = "") -> str:
+def caption(sample: Sample, loss_mark: str = "") -> str:
+    """Where a sample is from and how long it is; `loss_mark` tells how loss is marked below."""
     where = f"{Path(sample.row).name}, generation {sample.generation}"
     return f"{where}: {len(sample.input_ids)} tokens, {sample.num_loss_tokens} with loss{loss_mark}"
 
 
 def _has_loss(sample: Sample) -> list[bool]:
     return [weight > 0 for weight in sample.loss_weights]
-
-
-def _is_assigned(id_: int) -> bool:
-    return id_ < NUM_RANKS or id_ in _CONTROL_NAMES

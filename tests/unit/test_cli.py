@@ -29,13 +29,13 @@ def test_overview_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     for name, command in cli.COMMANDS.items():
-        assert f"  {name:<8} {command.meaning}" in text
+        assert f"  {name:<12} {command.meaning}" in text
     assert cli.main([]) == 2
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_manual_explains_every_key_and_teaches_by_example(name, capsys):
-    assert cli.main([name, "--help"]) == 0
+    assert cli.main([*name.split(), "--help"]) == 0
     text = capsys.readouterr().out
     for key in keys(cli.COMMANDS[name].config).values():
         assert f"  {key.name}=" in text
@@ -68,11 +68,22 @@ def test_examples_are_accepted(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("run: {dir: r}\nmodel: {path: m}\n")
     _, name, *words = example.split()
+    if name in cli.GROUPS:
+        name = f"{name} {words.pop(0)}"
     if name == "train":
         load.compose_train_config(words)
     else:
         monkeypatch.setattr(load, "check_paths", lambda config: None)
         load.load_command(cli.COMMANDS[name].config, words)
+
+
+def test_a_group_of_commands_lists_them(capsys):
+    assert cli.main(["data", "--help"]) == 0
+    assert cli.main(["data"]) == 2
+    text = capsys.readouterr().out
+    assert text.count("  data check   count") == 2 and "train" not in text
+    assert cli.main(["data", "chekc"]) == 2
+    assert "unknown command 'data chekc': did you mean 'data check'?" in capsys.readouterr().err
 
 
 def test_version(capsys):
@@ -93,6 +104,8 @@ def test_unknown_command_names_the_nearest(capsys):
         ["init", "model=tiny"],
         ["export", "run=none", "format=mxfp4", "out=x"],
         ["verify", "run=none", "path=x"],
+        ["data", "check", "path=none.jsonl"],
+        ["data", "chekc", "path=none.jsonl"],
     ],
 )
 def test_bad_words_exit_2_on_one_line_and_write_nothing(words, tmp_path):

@@ -278,7 +278,7 @@ def test_values_that_exclude_each_other_are_named():
 
 def test_missing_keys_are_named_and_explained():
     message = refused("config=lora_20b")
-    assert message == "missing data.path (JSONL file or files of training rows)"
+    assert message == "missing data.path (rows: files, folders, patterns such as rows/*.jsonl, or hf://owner/name)"
     assert refused("seed=1").startswith("missing run.dir (")
 
 
@@ -322,7 +322,9 @@ def test_missing_inputs_are_named_with_the_nearest_name(here):
     assert refused(*REQUIRED, "model.path=bse") == "model.path=bse: no such folder: did you mean 'base'?"
     message = refused(*REQUIRED, "data.path=[rows.jsonl,row.jsonl]")
     assert message == "data.path=row.jsonl: no such file: did you mean 'rows.jsonl'?"
-    assert refused(*REQUIRED, "data.path=base") == "data.path=base: it is a folder, not a file"
+    assert refused(*REQUIRED, "data.path=*.parquet") == "data.path=*.parquet: no file matches"
+    for rows in ("*.jsonl", "base", "hf://owner/name"):
+        load_train_config([*REQUIRED, f"data.path={rows}"])
     assert refused(*REQUIRED, "model.path=rows.jsonl") == "model.path=rows.jsonl: it is a file, not a folder"
     shutil.rmtree(here / "base")
     check_paths(compose_train_config([*REQUIRED, "model.init=tiny"]))

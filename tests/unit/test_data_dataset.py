@@ -4,10 +4,12 @@ from dataclasses import replace
 import pytest
 
 from gptoss_ft.data.dataset import compile_samples, split_rows, to_dataset
+from gptoss_ft.data.rows import RowSettings
 from gptoss_ft.errors import ConfigError, UserError
 from gptoss_ft.harmony.conversation import Conversation
 from gptoss_ft.harmony.vocabulary import decode
 
+LOW_EFFORT = Conversation((), reasoning_effort="low")
 TWO_TURNS = [
     {"role": "user", "content": "q1"},
     {"role": "assistant", "thinking": "t1", "content": "a1"},
@@ -62,7 +64,7 @@ def test_counts(rows_file):
 
 def test_default_effort_is_for_rows_without_one(rows_file):
     path = rows_file({"messages": TWO_TURNS[:2]}, {"messages": TWO_TURNS[:2], "reasoning_effort": "high"})
-    compiled = compile_samples([path], defaults=Conversation((), reasoning_effort="low"), max_length=512)
+    compiled = compile_samples([path], rows=RowSettings(defaults=LOW_EFFORT), max_length=512)
     assert ["Reasoning: low" in decode(sample.input_ids) for sample in compiled.samples] == [True, False]
 
 
@@ -93,8 +95,8 @@ def test_nothing_left_is_an_error(rows_file):
 
 
 def test_unknown_format(rows_file):
-    with pytest.raises(ConfigError, match="'message' is not known; use one of messages"):
-        compile_samples([rows_file({"messages": TWO_TURNS})], format="message", max_length=512)
+    with pytest.raises(ConfigError, match="'message' is not known; use one of auto, harmony, "):
+        compile_samples([rows_file({"messages": TWO_TURNS})], rows=RowSettings(format="message"), max_length=512)
 
 
 def test_split_keeps_a_rows_generations_together(rows_file):

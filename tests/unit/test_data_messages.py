@@ -4,7 +4,7 @@ import pytest
 
 from gptoss_ft.data.schemas.messages import read_messages_row
 from gptoss_ft.errors import UserError
-from gptoss_ft.harmony.conversation import DEFAULT_IDENTITY, Conversation, Message, Tool
+from gptoss_ft.harmony.conversation import DEFAULT_IDENTITY, Conversation, Message, ResponseFormat, Tool
 from gptoss_ft.harmony.generations import generations
 from gptoss_ft.harmony.vocabulary import decode
 
@@ -148,6 +148,44 @@ def test_weight_zero_gives_no_loss():
     assert [set(sample.loss_weights) for sample in generations(conversation)] == [{0.0}, {1.0}]
 
 
+@pytest.mark.parametrize(
+    ("fields", "weight"),
+    [({"weight": 0.5}, 0.5), ({"train": False}, 0.0), ({"train": True, "weight": 2}, 2.0), ({"train": True}, 1.0)],
+)
+def test_a_message_weighs_as_it_says(fields, weight):
+    assert read(USER, {**ANSWER, **fields}).messages[-1].weight == weight
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "written"),
+    [
+        ("python", {"code": "1+1"}, "1+1"),
+        ("python", '{"code": "1+1"}', "1+1"),
+        ("python", "print(1)", "print(1)"),
+        ("browser.search", {"query": "é"}, '{"query":"é"}'),
+    ],
+)
+def test_built_in_tools_are_called_on_the_analysis_channel(name, arguments, written):
+    turn = [USER, calls(call(name, arguments), thinking="t"), result("2", name=name), ANSWER]
+    offered = [{"type": "code_interpreter"}, {"type": "browser_search"}]
+    conversation = read(*turn, tools=offered)
+    assert conversation.builtin_tools == ("python", "browser")
+    assert conversation.messages[2:4] == (
+        Message("assistant", written, "analysis", name, "code", constrained=False),
+        Message("tool", "2", "analysis", "assistant", name=name),
+    )
+    assert read(*turn, chat_template_kwargs={"builtin_tools": ["python", "browser"]}) == conversation
+    function = read(*turn[:1], calls(call("python", "{}")), tools=[{"name": "python"}])
+    assert function.messages[1] == called("python", "{}")
+
+
+def test_response_format():
+    schema = {"type": "object", "properties": {}}
+    described = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    assert read(USER, ANSWER, response_format=described).response_formats == (ResponseFormat("n", schema),)
+    assert read(USER, ANSWER, response_format={"type": "text"}).response_formats == ()
+
+
 BAD_ROWS = {
     "messages: must be a list, not absent": {},
     "messages: must be a list, not str": {"messages": "hi"},
@@ -163,7 +201,11 @@ BAD_ROWS = {
     "messages[1]: an assistant message needs content or tool_calls": {
         "messages": [USER, {"role": "assistant", "thinking": "t"}]
     },
-    "messages[1].weight: must be 0": {"messages": [USER, {**ANSWER, "weight": 0.5}]},
+    "messages[1].weight: must be 0": {"messages": [USER, {**ANSWER, "weight": -0.5}]},
+    "messages[1].weight: must be 0 (no": {"messages": [USER, {**ANSWER, "weight": True}]},
+    "messages[1].train: must be true": {"messages": [USER, {**ANSWER, "train": 1}]},
+    "builtin_tools[0]: 'perl' is not": {"messages": [USER, ANSWER], "builtin_tools": ["perl"]},
+    "response_format.type: 'xml' is": {"messages": [USER, ANSWER], "response_format": {"type": "xml"}},
     "messages[1].tool_calls: must be a list": {"messages": [USER, {**ANSWER, "tool_calls": call()}]},
     "messages[1].tool_calls[0].function: must be a JSON object": {"messages": [USER, calls({"id": "1"})]},
     "messages[1].tool_calls[0].function.name: is empty": {"messages": [USER, calls(call(""))]},

@@ -32,6 +32,7 @@ def test_errors_name_file_and_line(tmp_path, content, message):
 
 
 def test_missing_file(tmp_path):
-    for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(UserError, match="no such file"):
-            list(read_rows(path))
+    with pytest.raises(UserError, match="no such file"):
+        list(read_rows(tmp_path / "absent.jsonl"))
+    with pytest.raises(UserError, match="the folder holds no row file"):
+        list(read_rows(tmp_path))

@@ -2,24 +2,24 @@
 
 import json
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
-from gptoss_ft.data.schemas.fields import Field
+from gptoss_ft.data.schemas.fields import Field, text_fault
 from gptoss_ft.harmony.conversation import Tool
 
 
-def read_tools(tools: Field) -> tuple[Tool, ...]:
-    """Tools given as a list or as its JSON string, each bare or under `{"type": "function", "function": ...}`.
+def read_tools(tools: Sequence[Field], where: Field) -> tuple[Tool, ...]:
+    """Function tools, each bare or under `{"type": "function", "function": ...}`; `where` is the list of them.
 
     Nulls inside a schema are dropped: table formats fill every key that another row has with null.
     """
-    if not tools:
-        return ()
-    read = tuple(map(_read_tool, tools.parsed().items()))
+    read = tuple(map(_read_tool, tools))
     names = [tool.name for tool in read]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise tools.error(f"several tools are called {sorted(twice)} in harmony's spelling; rename them")
+        raise where.error(f"several tools are called {sorted(twice)} in harmony's spelling; rename them")
     return read
 
 
@@ -41,8 +41,20 @@ def call_arguments(arguments: Field) -> str:
             + ("; it is encoded twice, decode it once" if isinstance(value, str) else "")
         )
     if isinstance(arguments.value, str):
-        return arguments.value
+        return arguments.text()
+    _check_values(arguments)
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def read_schema(schema: Field) -> Mapping[str, Any]:
+    """A JSON Schema object without its nulls.
+
+    Raises:
+        FieldError: if it holds what has no place in JSON or in tokens.
+    """
+    schema.object()
+    _check_values(schema)
+    return _without_nulls(schema.value)
 
 
 def _read_tool(tool: Field) -> Tool:
@@ -54,8 +66,28 @@ def _read_tool(tool: Field) -> Tool:
     return Tool(
         name=safe_name(function["name"]),
         description=function["description"].joined_text(),
-        parameters=_without_nulls(parameters.object()) if parameters else None,
+        parameters=read_schema(parameters) if parameters else None,
     )
+
+
+def _check_values(tree: Field) -> None:
+    """Refuse what has no place in JSON or in tokens: parsed JSON cannot hold all of it, but tables can."""
+    match tree.value:
+        case str() as text:
+            if fault := text_fault(text):
+                raise tree.error(fault)
+        case float() as number if not isfinite(number):
+            raise tree.error(f"{number} is not JSON; use a number or null")
+        case int() as number if abs(number) > sys.float_info.max:
+            raise tree.error("the number is too large; write it as text")
+        case Mapping() as members:
+            for name in members:
+                if fault := text_fault(name):
+                    raise tree.error(f"a key's {fault}")
+                _check_values(tree[name])
+        case list():
+            for item in tree.items():
+                _check_values(item)
 
 
 def _without_nulls(schema: Any) -> Any:
