@@ -14,7 +14,15 @@ namespace {
 #define TARGET __attribute__((target("avx2,fma")))
 #define WIDTH 8
 #define TILE_ROWS 6
+constexpr uint8_t kQuickOrder[kBlock] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
+                                         16, 20, 24, 28, 17, 21, 25, 29, 18, 22, 26, 30, 19, 23, 27, 31};
 #include "gemm_f32.h"
+
+TARGET inline vec load(const uint16_t* from) {
+    const __m256i values = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return (vec)_mm256_slli_epi32(values, 16);
+}
+
 #include "pack_avx2.h"
 
 }  // namespace

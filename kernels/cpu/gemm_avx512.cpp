@@ -12,12 +12,24 @@
 namespace gptoss_ft {
 namespace {
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,avx2,fma")))
+// Tests set it to a lower one and emulate the instructions.
+#ifndef AVX512_TARGET
+#define AVX512_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,avx2,fma"
+#endif
+#define TARGET __attribute__((target(AVX512_TARGET)))
 #define WIDTH 16
 #define TILE_ROWS 14
 
 namespace f32 {
+constexpr uint8_t kQuickOrder[kBlock] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
+                                         16, 20, 24, 28, 17, 21, 25, 29, 18, 22, 26, 30, 19, 23, 27, 31};
 #include "gemm_f32.h"
+
+TARGET inline vec load(const uint16_t* from) {
+    const __m512i values = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return (vec)_mm512_slli_epi32(values, 16);
+}
+
 #include "pack_avx2.h"
 }  // namespace f32
 

@@ -116,7 +116,7 @@ TARGET bool pack_dx_dense(const Weight& w, int64_t row, int64_t depth, int64_t i
             const auto readable = static_cast<__mmask32>((1ull << std::min<int64_t>(width - column, 32)) - 1);
             const __m512i a = _mm512_maskz_loadu_epi16(n < depth ? readable : 0, from + 2 * column);
             const __m512i b = _mm512_maskz_loadu_epi16(n + 1 < depth ? readable : 0, from + 2 * column + stride);
-            uint16_t* out = static_cast<uint16_t*>(panels) + column * padded_depth(depth) + n * kColumns;
+            uint16_t* out = static_cast<uint16_t*>(panels) + column * panel_stride(depth) + n * kColumns;
             _mm512_store_si512(out, _mm512_permutex2var_epi16(a, low, b));
             _mm512_store_si512(out + 32, _mm512_permutex2var_epi16(a, high, b));
         }
@@ -200,7 +200,7 @@ TARGET bool pack_dx(const Weight& w, int64_t row, int64_t depth, int64_t input, 
                 __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi8(pair[i], codes), odd_columns);
                 const __m512i value = _mm512_subs_epu16(_mm512_permutexvar_epi16(index, values),
                                                         _mm512_set1_epi32(static_cast<int>(drops[b + i / 2])));
-                uint16_t* panel = static_cast<uint16_t*>(panels) + (b + i / 2) * padded_depth(depth) * kColumns;
+                uint16_t* panel = static_cast<uint16_t*>(panels) + (b + i / 2) * panel_stride(depth) * kColumns;
                 _mm512_store_si512(panel + n * kColumns + i % 2 * 32, value);
             }
         }
@@ -296,6 +296,41 @@ TARGET bool forward_few(const void* x, int64_t stride, int64_t rows, const Weigh
     return true;
 }
 
+template <int ROWS>
+TARGET static void dot_rows_dense(const uint16_t* x, int64_t stride, const Weight& w, int64_t row, float* c) {
+    __m512 sum[4][ROWS];
+    const uint8_t* data[4];
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) data[n] = w.at(std::min(row + n, w.rows - 1), 0);
+#pragma GCC unroll 16
+    for (int i = 0; i < 4 * ROWS; ++i) sum[i / ROWS][i % ROWS] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < w.inputs; k += 32) {
+        const auto readable = static_cast<__mmask32>((1ull << std::min<int64_t>(w.inputs - k, 32)) - 1);
+        __m512bh inputs[ROWS];
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) inputs[i] = (__m512bh)_mm512_maskz_loadu_epi16(readable, x + i * stride + k);
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) {
+            prefetch(data[n] + 4 * w.row_bytes() + 2 * k, 1);
+            const auto weights = (__m512bh)_mm512_maskz_loadu_epi16(readable, data[n] + 2 * k);
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS; ++i) sum[n][i] = _mm512_dpbf16_ps(sum[n][i], weights, inputs[i]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n)
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) c[i * kColumns + n] = _mm512_reduce_add_ps(sum[n][i]);
+}
+
+TARGET bool forward_few_dense(const void* x, int64_t stride, int64_t rows, const Weight& w, int64_t row, float* c) {
+    constexpr decltype(&dot_rows_dense<1>) dot[] = {dot_rows_dense<1>, dot_rows_dense<2>, dot_rows_dense<3>,
+                                                    dot_rows_dense<4>};
+    static_assert(std::size(dot) == kFewRows);
+    for (int n = 0; n < kColumns; n += 4) dot[rows - 1](static_cast<const uint16_t*>(x), stride, w, row + n, c + n);
+    return true;
+}
+
 TARGET void decode(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, void* out) {
     const Tables& t = tables();
     for (int64_t b = 0; b < num_blocks; ++b) {
@@ -308,13 +343,14 @@ TARGET void decode(const uint8_t* blocks, const uint8_t* scales, int64_t num_blo
 
 inline Kernels packed_kernels(const Kernels& exact) {
     return {kColumns, kTileRows, kTilePad * sizeof(uint16_t), kColumns * sizeof(uint16_t), pack_tile, pack_forward,
-            pack_dx,  multiply<>, exact.store,                forward_few,                 &exact,    decode};
+            pack_dx,  multiply<>, exact.store,                forward_few,                 nullptr,   &exact,
+            decode};
 }
 
 inline Kernels dense_kernels(const Kernels& float32) {
     return {kColumns,           kTileRows,     kTilePad * sizeof(uint16_t), kColumns * sizeof(uint16_t), pack_tile,
-            pack_forward_dense, pack_dx_dense, multiply<>,                  float32.store,               nullptr,
-            nullptr,            decode};
+            pack_forward_dense, pack_dx_dense, multiply<>,                  float32.store,               forward_few_dense,
+            nullptr,            nullptr,       decode};
 }
 
 }  // namespace bf16

@@ -11,29 +11,48 @@ namespace {
 #define TARGET
 #define WIDTH 4
 #define TILE_ROWS 6
+constexpr uint8_t kQuickOrder[kBlock] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                         16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 #include "gemm_f32.h"
+
+vec load(const uint16_t* from) {
+    vec_bf16 value;
+    std::memcpy(&value, from, sizeof value);
+    return (vec)(__builtin_convertvector(value, vec_bits) << 16);
+}
 
 template <class T>
 void transpose_8_rows(const T* from, int64_t stride, int64_t rows, int64_t depth, float* out, int64_t step) {
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t k = 0; k < depth; ++k) out[k * step + i] = load_element(from + i * stride + k);
+    for (int64_t i = 0; i < rows; ++i) {
+        const T* row = from + i * stride;
+        int64_t k = 0;
+        for (; k + WIDTH <= depth; k += WIDTH) {
+            const vec values = load(row + k);
+            for (int j = 0; j < WIDTH; ++j) out[(k + j) * step + i] = values[j];
+        }
+        T rest[WIDTH] = {};
+        std::memcpy(rest, row + k, (depth - k) * sizeof(T));
+        for (int j = 0; k + j < depth; ++j) out[(k + j) * step + i] = load(rest)[j];
+    }
 }
 
-void decode_block(const uint8_t* bytes, float scale, float* out, int64_t panel_step) {
-    for (int k = 0; k < kBlock; k += kColumns, out += panel_step)
-        for (int i = 0; i < kColumns; i += 2) {
-            const int pair = bytes[(k + i) / 2];
-            out[i] = kE2M1[pair & 15] * scale;
-            out[i + 1] = kE2M1[pair >> 4] * scale;
-        }
+inline void decode_block(const uint8_t* bytes, vec out[kBlock / WIDTH]) {
+    for (int i = 0; i < kBlock / WIDTH; ++i) {
+        const int first = bytes[2 * i], second = bytes[2 * i + 1];
+        out[i] = vec{kE2M1[first & 15], kE2M1[first >> 4], kE2M1[second & 15], kE2M1[second >> 4]};
+    }
 }
+
+inline void decode_quickly(const uint8_t* bytes, vec out[kBlock / WIDTH]) { decode_block(bytes, out); }
 
 void decode_columns(const Weight& w, int64_t row, int64_t input, int64_t depth, float* panel) {
+    const float* scales = scale_values();
     for (int n = 0; n < kColumns; ++n)
         for (int64_t k = 0; k < depth; k += kBlock) {
-            float block[kBlock];
-            decode_block(w.at(row + n, input + k), e8m0_value(*w.scale(row + n, (input + k) / kBlock)), block, kColumns);
-            for (int i = 0; i < kBlock; ++i) panel[(k + i) * kColumns + n] = block[i];
+            vec values[kBlock / WIDTH];
+            decode_block(w.at(row + n, input + k), values);
+            const float scale = scales[*w.scale(row + n, (input + k) / kBlock)];
+            for (int i = 0; i < kBlock; ++i) panel[(k + i) * kColumns + n] = values[i / WIDTH][i % WIDTH] * scale;
         }
 }
 

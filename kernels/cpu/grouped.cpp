@@ -13,9 +13,20 @@ namespace {
 
 // The sums of this many rows stay in the L2 cache, and decoding again for every further 512 costs about one per cent.
 constexpr int64_t kRowBlock = 512;
-// dX needs a piece of every weight row, here 128 bytes. With 64, one cache line, decoding took 2 cycles more for 32
-// weights, because memory is then read in smaller pieces.
-constexpr int64_t kDxWidth = 8 * kBlock;
+// Panels of dX are decoded for this many columns at a time, in which every weight row is a piece of 128 bytes. With 64,
+// one cache line, decoding took 2 cycles more for 32 weights, because memory is then read in smaller pieces.
+constexpr int64_t kDxGroup = 8 * kBlock;
+// The widest strips. The wider, the more often a slice of activations is used while it is in L2, and in dX, the more of
+// a weight row is read while its page is in the TLB.
+constexpr int64_t kForwardWidth = 4 * kBlock;
+constexpr int64_t kDxWidth = 4 * kDxGroup;
+
+// The widest of `widest`, half of it and so on down to `narrowest` that gives every thread several strips.
+int64_t strip_width(int64_t widest, int64_t narrowest, int64_t columns, int64_t blocks, int threads) {
+    int64_t width = widest;
+    while (width > narrowest && blocks * ceil_div(columns, width) < 4 * threads) width /= 2;
+    return width;
+}
 
 class Buffer {
 public:
@@ -42,11 +53,11 @@ struct RowBlock {
 };
 
 // All activations in the order in which they are multiplied: [row block][depth / kDepth][tile][kDepth]. Row blocks of
-// at most `unpacked_rows` rows are left out.
+// at most `few` rows are as pack_few leaves them, or left out.
 class PackedRows {
 public:
     PackedRows(const Kernels& kernels, int threads, const Experts& experts, DType dtype, const void* x, int64_t depth,
-               int64_t unpacked_rows)
+               int64_t few)
         : kernels_(kernels), x_(static_cast<const uint8_t*>(x)), dtype_(dtype), depth_(depth) {
         size_t bytes = 0;
         for (int64_t e = 0, start = 0; e < experts.num_experts; start = experts.ends[e++]) {
@@ -54,7 +65,7 @@ public:
             for (int64_t part = 0; part < parts; ++part) {
                 const int64_t first = part * rows / parts, count = (part + 1) * rows / parts - first;
                 blocks_.push_back({e, start + first, count, ceil_div(count, kernels.tile_rows), bytes});
-                if (count > unpacked_rows) bytes += blocks_.back().num_tiles * padded_depth(depth) * kernels.tile_bytes;
+                bytes += blocks_.back().num_tiles * padded_depth(depth) * kernels.tile_bytes;
             }
         }
         data_ = std::make_unique<Buffer>(bytes);
@@ -63,7 +74,12 @@ public:
             return [&](int64_t item) {
                 const RowBlock& block = blocks_[item / slices];
                 const int64_t from = item % slices * kDepth;
-                for (int64_t tile = 0; tile < block.num_tiles && block.rows > unpacked_rows; ++tile)
+                if (block.rows <= few) {
+                    if (from == 0 && kernels.pack_few)
+                        kernels.pack_few(row(block, 0, 0), depth, block.rows, depth, packed(block, 0, 0));
+                    return;
+                }
+                for (int64_t tile = 0; tile < block.num_tiles; ++tile)
                     kernels.pack_tile(row(block, tile, from), depth, block.tile_rows(tile), slice_depth(from),
                                       packed(block, tile, from));
             };
@@ -90,38 +106,44 @@ private:
     std::unique_ptr<Buffer> data_;
 };
 
+// Rows [row, row + rows) of a weight, of them `inputs` inputs.
+struct Piece {
+    const Weight& weight;
+    int64_t row, rows, input, inputs;
+
+    // The `part`-th of `parts` parts into the L2 cache. No hardware prefetcher follows short pieces of many rows, and
+    // asked for all at once, they wait for each other: brought in while others are multiplied, they are there in time.
+    void prefetch(int64_t part, int64_t parts) const {
+        for (int64_t r = part * rows / parts; r < (part + 1) * rows / parts; ++r) {
+            gptoss_ft::prefetch(weight.at(row + r, input), bytes_of(weight.type, inputs) + 1);
+            if (weight.scales) gptoss_ft::prefetch(weight.scale(row + r, input / kBlock), 1);
+        }
+    }
+};
+
 // What one thread needs to compute `width` columns of a row block, C as [panel][rows][columns].
 class Strip {
 public:
-    Strip(const Kernels& kernels, const PackedRows& x, int64_t width)
+    // Panels are decoded for `group` columns at a time.
+    Strip(const Kernels& kernels, const PackedRows& x, int64_t width, int64_t group)
         : kernels_(kernels),
           x_(x),
-          panels_(kDepth * width * sizeof(float)),
+          group_(group),
+          panels_(panel_stride(kDepth) * group * sizeof(float)),
           tile_(kDepth * (kernels.exact ? kernels.exact->tile_bytes : 0)),
           sums_(kRowBlock * width * sizeof(float)) {}
 
-    // Sum over `depth` in slices; `decode(kernels, from, depth, panels)` says whether those kernels could.
-    template <class Decode>
-    void multiply(const RowBlock& block, int64_t depth, int64_t width, const Decode& decode) {
-        for (int64_t from = 0; from < depth; from += kDepth) {
-            const int64_t slice = x_.slice_depth(from);
-            const Kernels* kernels = &kernels_;
-            if (!decode(*kernels, from, slice, panels_.at())) {
-                kernels = kernels_.exact;
-                decode(*kernels, from, slice, panels_.at());
+    // Sum over `depth` in slices. `decode(kernels, first, width, from, depth, panels)` decodes columns [first, first +
+    // width) of the strip and says whether those kernels could; `piece(first, from)` is what that call reads, where
+    // columns after those of this strip belong to the next one.
+    template <class Decode, class PieceOf>
+    void multiply(const RowBlock& block, int64_t depth, int64_t width, const Decode& decode, const PieceOf& piece) {
+        for (int64_t from = 0; from < depth; from += kDepth)
+            for (int64_t first = 0; first < width; first += group_) {
+                const bool last = first + group_ >= width, end = last && from + kDepth >= depth;
+                const Piece ahead = piece(last && !end ? 0 : first + group_, end ? 0 : last ? from + kDepth : from);
+                multiply_group(block, first, std::min(group_, width - first), from, depth, decode, ahead);
             }
-            for (int64_t panel = 0; panel < ceil_div(width, kernels->columns); ++panel)
-                for (int64_t tile = 0; tile < block.num_tiles; ++tile) {
-                    const int64_t rows = block.tile_rows(tile);
-                    const uint8_t* packed = x_.packed(block, tile, from);
-                    if (kernels != &kernels_) {
-                        kernels->pack_tile(x_.row(block, tile, from), depth, rows, slice, tile_.at());
-                        packed = tile_.at();
-                    }
-                    kernels->multiply(rows, packed, panels_.at(panel * padded_depth(slice) * kernels->panel_bytes), slice,
-                                      sums(block, panel) + block.tile_start(tile) * kernels->columns, from > 0);
-                }
-        }
     }
 
     float* sums(const RowBlock& block, int64_t panel) const {
@@ -140,8 +162,33 @@ public:
     }
 
 private:
+    template <class Decode>
+    void multiply_group(const RowBlock& block, int64_t first, int64_t width, int64_t from, int64_t depth,
+                        const Decode& decode, const Piece& ahead) {
+        const int64_t slice = x_.slice_depth(from), num_panels = ceil_div(width, kernels_.columns);
+        const Kernels* kernels = &kernels_;
+        if (!decode(*kernels, first, width, from, slice, panels_.at())) {
+            kernels = kernels_.exact;
+            decode(*kernels, first, width, from, slice, panels_.at());
+        }
+        for (int64_t panel = 0; panel < num_panels; ++panel)
+            for (int64_t tile = 0; tile < block.num_tiles; ++tile) {
+                const int64_t rows = block.tile_rows(tile);
+                const uint8_t* packed = x_.packed(block, tile, from);
+                if (kernels != &kernels_) {
+                    kernels->pack_tile(x_.row(block, tile, from), depth, rows, slice, tile_.at());
+                    packed = tile_.at();
+                }
+                float* c = sums(block, first / kernels->columns + panel) + block.tile_start(tile) * kernels->columns;
+                kernels->multiply(rows, packed, panels_.at(panel * panel_stride(slice) * kernels->panel_bytes), slice, c,
+                                  from > 0);
+                ahead.prefetch(panel * block.num_tiles + tile, num_panels * block.num_tiles);
+            }
+    }
+
     const Kernels& kernels_;
     const PackedRows& x_;
+    int64_t group_;
     Buffer panels_, tile_, sums_;
 };
 
@@ -161,33 +208,30 @@ void load_bias(const void* bias, DType dtype, int64_t first, int64_t count, floa
 
 void grouped_linear(const Kernels& kernels, int threads, const Experts& experts, DType dtype, const void* x,
                     const void* bias, DType bias_dtype, void* y) {
-    const int64_t few_rows = kernels.forward_few ? kFewRows : 0;
-    const PackedRows rows(kernels, threads, experts, dtype, x, experts.in, few_rows);
-    const int64_t num_strips = ceil_div(experts.out, kBlock);
-    // Four neighbouring strips to a thread: each prefetches for the next.
-    for_each_item(threads, static_cast<int64_t>(rows.blocks().size()) * num_strips, 4, [&] {
-        return [&, strip = Strip(kernels, rows, kBlock)](int64_t item) mutable {
+    const PackedRows rows(kernels, threads, experts, dtype, x, experts.in, kFewRows);
+    const int64_t num_blocks = static_cast<int64_t>(rows.blocks().size());
+    const int64_t widest = strip_width(kForwardWidth, kBlock, experts.out, num_blocks, threads);
+    const int64_t num_strips = ceil_div(experts.out, widest);
+    for_each_item(threads, num_blocks * num_strips, 1, [&] {
+        return [&, strip = Strip(kernels, rows, widest, kernels.columns)](int64_t item) mutable {
             const RowBlock& block = rows.blocks()[item / num_strips];
             const Weight weight = weight_of(experts, block.expert);
-            const int64_t column = item % num_strips * kBlock, width = std::min(kBlock, experts.out - column);
-            const auto decode = [&](const Kernels& k, int64_t from, int64_t depth, uint8_t* panels) {
+            const int64_t column = item % num_strips * widest, width = std::min(widest, experts.out - column);
+            const auto decode = [&](const Kernels& k, int64_t first, int64_t, int64_t from, int64_t depth, void* panel) {
                 // Row blocks that forward_few refused are not packed for any kernels but the exact ones.
-                if (block.rows <= few_rows && &k == &kernels) return false;
-                // Weights are read in steps of 16 bytes through 32 rows, which no hardware prefetcher follows; the next
-                // strip, as it lies, it does. Waiting for them here cost 4 cycles for 32 weights.
-                prefetch(weight.at(column + kBlock, 0) + bytes_of(weight.type, from * kBlock), bytes_of(weight.type, depth * kBlock));
-                const size_t panel_bytes = padded_depth(depth) * k.panel_bytes;
-                bool in_range = true;
-                for (int64_t n = 0; n < width; n += k.columns)
-                    in_range &= k.pack_forward(weight, column + n, from, depth, panels + n / k.columns * panel_bytes);
-                return in_range;
+                return (block.rows > kFewRows || &k != &kernels) &&
+                       k.pack_forward(weight, column + first, from, depth, panel);
             };
-            bool done = block.rows <= few_rows;
+            const auto piece = [&](int64_t first, int64_t from) -> Piece {
+                return {weight, column + first, kernels.columns, from, rows.slice_depth(from)};
+            };
+            bool done = block.rows <= kFewRows;
+            const uint8_t* few = kernels.pack_few ? rows.packed(block, 0, 0) : rows.row(block, 0, 0);
             for (int64_t n = 0; n < width && done; n += kernels.columns)
-                done = kernels.forward_few(rows.row(block, 0, 0), experts.in, block.rows, weight, column + n,
+                done = kernels.forward_few(few, experts.in, block.rows, weight, column + n,
                                            strip.sums(block, n / kernels.columns));
-            if (!done) strip.multiply(block, experts.in, width, decode);
-            float bias_strip[kBlock];
+            if (!done) strip.multiply(block, experts.in, width, decode, piece);
+            float bias_strip[kForwardWidth];
             if (bias) load_bias(bias, bias_dtype, block.expert * experts.out + column, width, bias_strip);
             strip.store(block, bias ? bias_strip : nullptr, column, width, dtype, y, experts.out);
         };
@@ -197,16 +241,23 @@ void grouped_linear(const Kernels& kernels, int threads, const Experts& experts,
 void grouped_linear_dx(const Kernels& kernels, int threads, const Experts& experts, DType dtype, const void* dy,
                        void* dx) {
     const PackedRows rows(kernels, threads, experts, dtype, dy, experts.out, 0);
-    const int64_t num_strips = ceil_div(experts.in, kDxWidth);
-    for_each_item(threads, static_cast<int64_t>(rows.blocks().size()) * num_strips, 1, [&] {
-        return [&, strip = Strip(kernels, rows, kDxWidth)](int64_t item) mutable {
+    const int64_t num_blocks = static_cast<int64_t>(rows.blocks().size());
+    const int64_t widest = strip_width(kDxWidth, 2 * kBlock, experts.in, num_blocks, threads);
+    const int64_t num_strips = ceil_div(experts.in, widest);
+    for_each_item(threads, num_blocks * num_strips, 1, [&] {
+        return [&, strip = Strip(kernels, rows, widest, std::min(widest, kDxGroup))](int64_t item) mutable {
             const RowBlock& block = rows.blocks()[item / num_strips];
             const Weight weight = weight_of(experts, block.expert);
-            const int64_t column = item % num_strips * kDxWidth, width = std::min(kDxWidth, experts.in - column);
-            const auto decode = [&](const Kernels& k, int64_t from, int64_t depth, uint8_t* panels) {
-                return k.pack_dx(weight, from, depth, column, width, panels);
+            const int64_t column = item % num_strips * widest, width = std::min(widest, experts.in - column);
+            const auto decode = [&](const Kernels& k, int64_t first, int64_t count, int64_t from, int64_t depth,
+                                    void* panels) {
+                return k.pack_dx(weight, from, depth, column + first, count, panels);
             };
-            strip.multiply(block, experts.out, width, decode);
+            const auto piece = [&](int64_t first, int64_t from) -> Piece {
+                const int64_t input = column + first;
+                return {weight, from, rows.slice_depth(from), input, std::clamp<int64_t>(experts.in - input, 0, kDxGroup)};
+            };
+            strip.multiply(block, experts.out, width, decode, piece);
             strip.store(block, nullptr, column, width, dtype, dx, experts.in);
         };
     });

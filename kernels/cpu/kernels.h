@@ -22,6 +22,9 @@ constexpr int64_t kFewRows = 4;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t padded_depth(int64_t depth) { return ceil_div(depth, kDepthStep) * kDepthStep; }
+// Of consecutive panels, in units of depth. One more than needed: at multiples of 16 KB, what pack_dx writes for one
+// weight row fell on one set of the L1 cache.
+inline int64_t panel_stride(int64_t depth) { return padded_depth(depth) + 1; }
 
 struct Kernels {
     int columns;            // a divisor of kBlock
@@ -37,7 +40,7 @@ struct Kernels {
     // and `exact` must be used.
     bool (*pack_forward)(const Weight&, int64_t row, int64_t input, int64_t depth, void* panel);
 
-    // Make consecutive panels for dX = dY W: columns are inputs [input, input + width), depth is weight rows. Columns
+    // Make panels panel_stride(depth) apart for dX = dY W: columns are inputs [input, input + width), depth is weight rows. Columns
     // beyond `width` hold anything.
     bool (*pack_dx)(const Weight&, int64_t row, int64_t depth, int64_t input, int64_t width, void* panels);
 
@@ -47,8 +50,11 @@ struct Kernels {
     // The first `count` columns of y[rows, columns] = C + bias, rounded to y's type; a null bias is zero.
     void (*store)(const float* c, int64_t rows, int64_t count, const float* bias, void* y, int64_t stride);
 
-    // C[rows, columns] of Y = X W^T for at most kFewRows rows, at the speed of memory. Null, or false as above.
+    // C[rows, columns] of Y = X W^T for at most kFewRows rows, with nothing transposed. False as above.
     bool (*forward_few)(const void* x, int64_t stride, int64_t rows, const Weight&, int64_t row, float* c);
+
+    // What forward_few wants instead of x, in the room of a tile. Null: x itself.
+    void (*pack_few)(const void* x, int64_t stride, int64_t rows, int64_t depth, void* packed);
 
     // Same columns and tile_rows in fp32, for scales that overflow or vanish in these kernels. Null: never needed.
     const Kernels* exact;
