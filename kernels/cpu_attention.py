@@ -130,7 +130,9 @@ def _attention(
     K, S = k_BKSD.shape[1:3]
     if k_BKSD.shape != (B, K, S, D) or v_BKSD.shape != k_BKSD.shape or H % K or T > S:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (q_BHTD, k_BKSD, v_BKSD))
-        raise ValueError(f"q, k and v {shapes} are not [B, H, T, D] and twice [B, K, S, D] with K dividing H and T <= S")
+        raise ValueError(
+            f"q, k and v {shapes} are not [B, H, T, D] and twice [B, K, S, D] with K dividing H and T <= S"
+        )
     if sinks_H.shape != (H,):
         raise ValueError(f"sinks {tuple(sinks_H.shape)} must be {(H,)}")
     if documents_BS is not None and documents_BS.shape != (B, S):

@@ -15,8 +15,8 @@ Shape = StrEnum("Shape", ["tiny", "gpt_oss_20b", "gpt_oss_120b"])
 Layout = StrEnum("Layout", ["mxfp4", "bf16", "original"])
 Precision = StrEnum("Precision", ["mxfp4", "bf16"])
 Dtype = StrEnum("Dtype", ["bfloat16", "float32"])
-# Ours, and transformers' implementations that know attention sinks, but for the flash-attention kernels made for one GPU
-# family.
+# Ours, and those of transformers' implementations that know attention sinks, but for the flash-attention kernels made
+# for one GPU family.
 AttnImplementation = StrEnum("AttnImplementation", ["eager", "flex_attention", "gptoss_ft"])
 Target = StrEnum(
     "Target",
@@ -73,7 +73,8 @@ class ModelConfig:
     dtype: Dtype = key("dtype of everything but the packed experts", default=Dtype.bfloat16)
     init: Shape | None = key("shape to write with random weights if model.path does not exist", default=None)
     attn_implementation: AttnImplementation = key(
-        "transformers' eager or flex_attention (needs a GPU), or gptoss_ft: memory linear in the length", default=AttnImplementation.eager
+        "transformers' eager or flex_attention (needs a GPU), or gptoss_ft: memory linear in the length",
+        default=AttnImplementation.eager,
     )
 
 
