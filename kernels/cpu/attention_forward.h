@@ -69,6 +69,11 @@ public:
             if (sight(p, keys, batch, token, num_tokens).end == 0) continue;
             pack_transposed(key_rows<T>(p.k, batch, kv_head, key), keys.count, p.head_dim, s.k);
             pack_b(key_rows<T>(p.v, batch, kv_head, key), keys.count, kKeys, p.head_dim, s.v);
+            // Few queries wait for memory: the next keys arrive while these are multiplied.
+            for (int64_t next = key + kKeys; next <= std::min(last_key, key + 2 * kKeys - 1); ++next)
+                for (const View* view : {&p.k, &p.v})
+                    prefetch(reinterpret_cast<const uint8_t*>(key_rows<T>(*view, batch, kv_head, next)[0]),
+                             p.head_dim * sizeof(T));
             for (int64_t tile = 0; tile < tiles.count; tile += kScoreTiles)
                 add_keys(keys, tile, std::min(tile + kScoreTiles, tiles.count));
         }

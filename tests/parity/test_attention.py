@@ -1,11 +1,15 @@
 """`attn_implementation="gptoss_ft"` against transformers' eager attention, on the same model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from gptoss_ft.errors import UserError
+from gptoss_ft.kernels.reference import sink_attention
 from gptoss_ft.model.load import load_base
 
 # Both kinds of layer see more than their window (8) here, and rows are no multiple of anything.
@@ -43,6 +47,25 @@ def assert_close(ours, theirs):
     assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("window", [None, 8])
+def test_the_reference_is_eager_attention(models, window):
+    generator = torch.Generator().manual_seed(1)
+    shapes = (2, 6, LENGTH, 16), (2, 2, LENGTH, 16), (2, 2, LENGTH, 16), (6,)
+    operands = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    make_mask = create_causal_mask if window is None else create_sliding_window_causal_mask
+    assert window in (None, models[0].config.sliding_window)
+    mask = make_mask(models[0].config, torch.zeros(2, LENGTH, 1, dtype=torch.float64), None, None)
+    module = SimpleNamespace(num_key_value_groups=3, sinks=operands[3], training=False)
+    theirs = eager_attention_forward(module, *operands[:3], mask, 0.25)[0].transpose(1, 2)
+    ours = sink_attention(*operands, scaling=0.25, window=window, documents_BS=None)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    weight = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
+    for mine, expected in zip(
+        *(torch.autograd.grad((o * weight).sum(), operands) for o in (ours, theirs)), strict=True
+    ):
+        torch.testing.assert_close(mine, expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @torch.no_grad()
 def test_logits_of_real_tokens_equal_eager(models, ids, side):
@@ -55,15 +78,15 @@ def test_logits_of_real_tokens_equal_eager(models, ids, side):
 def gradients(model, ids, mask, *, checkpointing):
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     layers = model.model.layers
-    wanted = [getattr(layer.self_attn, name) for layer in layers for name in ("sinks",)]
+    wanted = [layer.self_attn.sinks for layer in layers]
     wanted += [getattr(layer.self_attn, f"{name}_proj").weight for layer in layers for name in "qkvo"]
     for parameter in wanted:
         parameter.requires_grad_(True)
     labels = ids.masked_fill(mask == 0, -100)
     found = torch.autograd.grad(model(ids, attention_mask=mask, labels=labels).loss, wanted)
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     model.requires_grad_(False).eval()
     return found
 
