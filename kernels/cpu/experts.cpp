@@ -1,6 +1,7 @@
 #include "experts.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
