@@ -6,11 +6,12 @@
 #include <utility>
 
 #include "attention.h"
+#include "targets.h"
 
 namespace gptoss_ft {
 namespace {
 
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET AVX2_TARGET
 #define WIDTH 8
 #define TILE_ROWS 6
 #define WORD_VALUES 1

@@ -8,11 +8,12 @@
 #include <utility>
 
 #include "attention.h"
+#include "targets.h"
 
 namespace gptoss_ft {
 namespace {
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))
+#define TARGET AVX512_TARGET
 #define WIDTH 16
 #define TILE_ROWS 14
 

@@ -5,7 +5,7 @@
 //   TILE_ROWS     rows of a tile: 2 * TILE_ROWS accumulators, two columns and one value must fit the registers
 //   WORD_VALUES   1: products in fp32; 2: products of bf16 pairs, and the file defines `add_product` afterwards
 // Softmax runs on base-2 logarithms, in fp32. Sums of products are fp32 too.
-#include "attention_vectors.h"
+#include "vectors.h"
 
 #include "attention_product.h"
 

@@ -3,17 +3,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 #include "parallel.h"
+#include "targets.h"
 
 namespace gptoss_ft {
 namespace {
-
-inline float load_one(const float* from) { return *from; }
-inline float load_one(const uint16_t* from) { return float_from_bf16(*from); }
-inline void store_one(float value, float* to) { *to = value; }
-inline void store_one(float value, uint16_t* to) { *to = bf16_from_float(value); }
 
 namespace portable {
 #define TARGET
@@ -25,7 +22,7 @@ namespace portable {
 
 #ifdef GPTOSS_FT_X86
 namespace avx2 {
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET AVX2_TARGET
 #define WIDTH 8
 #include "cross_entropy.h"
 #undef TARGET
@@ -33,7 +30,7 @@ namespace avx2 {
 }  // namespace avx2
 
 namespace avx512 {
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define TARGET AVX512_TARGET
 #define WIDTH 16
 #include "cross_entropy.h"
 #undef TARGET

@@ -4,11 +4,12 @@
 #include <utility>
 
 #include "experts.h"
+#include "targets.h"
 
 namespace gptoss_ft {
 namespace {
 
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET AVX2_TARGET
 #define WIDTH 8
 #include "experts_impl.h"
 

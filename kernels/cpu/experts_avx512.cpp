@@ -4,11 +4,12 @@
 #include <utility>
 
 #include "experts.h"
+#include "targets.h"
 
 namespace gptoss_ft {
 namespace {
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define TARGET AVX512_TARGET
 #define WIDTH 16
 #include "experts_impl.h"
 

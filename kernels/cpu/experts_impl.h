@@ -2,7 +2,7 @@
 // has defined
 //   TARGET   the function attribute that enables its instructions
 //   WIDTH    fp32 lanes of a vector
-#include "attention_vectors.h"
+#include "vectors.h"
 
 #include "experts_activation.h"
 

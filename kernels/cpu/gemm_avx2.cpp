@@ -7,11 +7,12 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "targets.h"
 
 namespace gptoss_ft {
 namespace {
 
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET AVX2_TARGET
 #define WIDTH 8
 #define TILE_ROWS 6
 constexpr uint8_t kQuickOrder[kBlock] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,

@@ -8,15 +8,12 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "targets.h"
 
 namespace gptoss_ft {
 namespace {
 
-// Tests set it to a lower one and emulate the instructions.
-#ifndef AVX512_TARGET
-#define AVX512_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,avx2,fma"
-#endif
-#define TARGET __attribute__((target(AVX512_TARGET)))
+#define TARGET AVX512_TARGET
 #define WIDTH 16
 #define TILE_ROWS 14
 

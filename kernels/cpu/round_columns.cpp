@@ -2,9 +2,12 @@
 // of GPTQ and of coordinate descent, which differ in what the residual is.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <utility>
 
 #include "kernels.h"
 #include "parallel.h"
+#include "targets.h"
 
 namespace gptoss_ft {
 namespace {
@@ -34,7 +37,7 @@ namespace portable {
 
 #ifdef GPTOSS_FT_X86
 namespace avx2 {
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET AVX2_TARGET
 #define WIDTH 8
 #include "round_columns.h"
 #undef TARGET
@@ -42,7 +45,7 @@ namespace avx2 {
 }  // namespace avx2
 
 namespace avx512 {
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define TARGET AVX512_TARGET
 #define WIDTH 16
 #include "round_columns.h"
 #undef TARGET

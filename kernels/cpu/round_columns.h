@@ -2,19 +2,18 @@
 // instruction set, inside a namespace, after it has defined TARGET and WIDTH. Lanes are rows, so nothing waits for a
 // column but the next column.
 
-typedef float vec __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef int32_t ivec __attribute__((vector_size(WIDTH * sizeof(float))));
+#include "vectors.h"
 
-TARGET static inline vec select(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+TARGET static inline vec select(ints mask, vec yes, vec no) { return (vec)((mask & (ints)yes) | (~mask & (ints)no)); }
 
 // The number nearest to `value` among those of e2m1, with ties to even multiples of the spacing.
 TARGET static inline vec nearest_e2m1(vec value) {
-    const ivec sign = (ivec)value & INT32_MIN;
-    vec magnitude = (vec)((ivec)value & INT32_MAX);
+    const ints sign = (ints)value & INT32_MIN;
+    vec magnitude = (vec)((ints)value & INT32_MAX);
     magnitude = select(magnitude < 6.f, magnitude, vec{} + 6.f);
     const vec spacing = select(magnitude < 2.f, vec{} + .5f, select(magnitude < 4.f, vec{} + 1.f, vec{} + 2.f));
     const vec magic = spacing * 0x1.8p23f;  // adding and subtracting it rounds to a multiple of the spacing
-    return (vec)((ivec)((magnitude + magic) - magic) | sign);
+    return (vec)((ints)((magnitude + magic) - magic) | sign);
 }
 
 TARGET static void sweep_rows(const Sweep& s, int64_t first, int64_t rows) {

@@ -17,8 +17,6 @@ from gptoss_ft.kernels.reference import MXFP4Weight
 
 built = pytest.mark.skipif(cpu_library.library() is None, reason="the CPU library was not built: no C++ compiler")
 
-EMULATED_SOURCES = ("api", "grouped", "gemm_portable", "gemm_avx2", "gemm_avx512")
-
 # O and I: the smallest; tails of strips (128 and 256), of slices of the sums (256), and an odd number of blocks.
 SHAPES = [(32, 32), (96, 160), (288, 544)]
 # None, one, the dot-product path (up to 4), tiles of 6 and 14 with remainders, and more than one block of 512.
@@ -32,10 +30,10 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if compiler is None or "avx2" not in cpu_library.supported_isas():
         pytest.skip("emulating AVX-512 takes a C++ compiler and a processor with AVX2")
     root, library = Path(__file__).parents[2], tmp_path_factory.mktemp("emulated") / cpu_library.LIBRARY_NAME
-    sources = [root / "kernels" / "cpu" / f"{name}.cpp" for name in EMULATED_SOURCES]
+    sources = sorted((root / "kernels" / "cpu").glob("*.cpp"))
     # AVX2 for all functions: with and without it, they pass vectors of 32 bytes in different places.
     flags = ["-std=c++17", "-O1", "-w", "-mavx2", "-mfma", "-fPIC", "-shared", "-pthread", "-DGPTOSS_FT_X86"]
-    flags += ['-DAVX512_TARGET="avx2,fma"', f"-I{root / 'tests' / 'emulation'}"]
+    flags += ['-DAVX512_FEATURES="avx2,fma"', f"-I{root / 'tests' / 'emulation'}"]
     done = subprocess.run([compiler, *flags, *sources, "-o", library], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(library))

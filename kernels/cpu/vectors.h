@@ -1,4 +1,5 @@
-// Vectors of WIDTH fp32 lanes for attention_impl.h, which says what TARGET, WIDTH, TILE_ROWS and WORD_VALUES are.
+// Vectors of WIDTH fp32 lanes. A file that includes this has defined TARGET, the function attribute of its instructions,
+// and WIDTH.
 // Compiler vectors instead of intrinsics: the same lines become SSE2 or NEON, AVX2 and AVX-512.
 
 typedef float vec __attribute__((vector_size(WIDTH * sizeof(float))));
