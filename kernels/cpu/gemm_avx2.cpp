@@ -15,8 +15,6 @@ namespace {
 #define TARGET AVX2_TARGET
 #define WIDTH 8
 #define TILE_ROWS 6
-constexpr uint8_t kQuickOrder[kBlock] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
-                                         16, 20, 24, 28, 17, 21, 25, 29, 18, 22, 26, 30, 19, 23, 27, 31};
 #include "gemm_f32.h"
 
 TARGET inline vec load(const uint16_t* from) {

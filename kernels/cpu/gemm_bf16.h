@@ -342,15 +342,17 @@ TARGET void decode(const uint8_t* blocks, const uint8_t* scales, int64_t num_blo
 }
 
 inline Kernels packed_kernels(const Kernels& exact) {
-    return {kColumns, kTileRows, kTilePad * sizeof(uint16_t), kColumns * sizeof(uint16_t), pack_tile, pack_forward,
-            pack_dx,  multiply<>, exact.store,                forward_few,                 nullptr,   &exact,
+    return {kColumns,    kTileRows,    kTilePad * sizeof(uint16_t), kColumns * sizeof(uint16_t),
+            pack_tile,   pack_forward, pack_dx,                     multiply<>,
+            exact.store, forward_few,  nullptr,                     &exact,
             decode};
 }
 
 inline Kernels dense_kernels(const Kernels& float32) {
-    return {kColumns,           kTileRows,     kTilePad * sizeof(uint16_t), kColumns * sizeof(uint16_t), pack_tile,
-            pack_forward_dense, pack_dx_dense, multiply<>,                  float32.store,               forward_few_dense,
-            nullptr,            nullptr,       decode};
+    return {kColumns,      kTileRows,          kTilePad * sizeof(uint16_t), kColumns * sizeof(uint16_t),
+            pack_tile,     pack_forward_dense, pack_dx_dense,               multiply<>,
+            float32.store, forward_few_dense,  nullptr,                     nullptr,
+            decode};
 }
 
 }  // namespace bf16

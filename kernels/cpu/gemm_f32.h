@@ -34,8 +34,8 @@ constexpr int kTilePad = TILE_ROWS > 8 ? 16 : TILE_ROWS;
 
 struct MXFP4 {};  // the type of weights that have no C++ type; bf16 is uint16_t
 
-// out[k * step + i] = from[i * stride + k] as fp32, for `rows` <= 8 rows and a step of at least 6. It may write any slot
-// before (padded_depth(depth) - 1) * step + min(step, 8).
+// out[k * step + i] = from[i * stride + k] as fp32, for `rows` <= 8 rows and a step of at least 6. It may write any
+// slot before (padded_depth(depth) - 1) * step + min(step, 8).
 template <class T>
 TARGET static void transpose_8_rows(const T* from, int64_t stride, int64_t rows, int64_t depth, float* out,
                                     int64_t step);
@@ -43,9 +43,10 @@ TARGET static void transpose_8_rows(const T* from, int64_t stride, int64_t rows,
 // A panel of Y = X W^T, see Kernels.
 TARGET static void decode_columns(const Weight&, int64_t row, int64_t input, int64_t depth, float* panel);
 
-// 32 weights without their scale; the second in an order of its own, weight kQuickOrder[i] at i.
+// 32 weights without their scale; the second in an order of its own, weight quick_order(i) at i.
 TARGET static inline void decode_block(const uint8_t* bytes, vec out[kBlock / WIDTH]);
 TARGET static inline void decode_quickly(const uint8_t* bytes, vec out[kBlock / WIDTH]);
+static int quick_order(int i);
 
 static const float* scale_values() {
     static const struct Table {
@@ -177,14 +178,16 @@ TARGET void pack_few(const void* x, int64_t stride, int64_t rows, int64_t depth,
     for (int64_t i = 0; i < rows; ++i, from += stride)
         for (int64_t k = 0; k < depth; k += WIDTH, out += WIDTH) {
             X some[WIDTH] = {};
-            for (int64_t j = 0; j < WIDTH && k + j < depth; ++j)
-                some[j] = from[std::is_same_v<W, MXFP4> ? k / kBlock * kBlock + kQuickOrder[(k + j) % kBlock] : k + j];
+            for (int j = 0; j < WIDTH && k + j < depth; ++j) {
+                const int in_block = static_cast<int>((k + j) % kBlock);
+                some[j] = from[std::is_same_v<W, MXFP4> ? k + j - in_block + quick_order(in_block) : k + j];
+            }
             store_vec(out, load(some));
         }
 }
 
-// ROWS dot products with each of WEIGHTS weight rows, read once as they lie: nothing is transposed or stored. Rows after
-// the last weight row repeat it.
+// ROWS dot products with each of WEIGHTS weight rows, read once as they lie: nothing is transposed or stored. Rows
+// after the last weight row repeat it.
 template <class W, int ROWS, int WEIGHTS>
 TARGET static inline void dot_rows(const float* x, const Weight& w, int64_t row, float* c) {
     const float* scales = scale_values();

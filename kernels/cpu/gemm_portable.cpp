@@ -11,8 +11,6 @@ namespace {
 #define TARGET
 #define WIDTH 4
 #define TILE_ROWS 6
-constexpr uint8_t kQuickOrder[kBlock] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
-                                         16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 #include "gemm_f32.h"
 
 vec load(const uint16_t* from) {
@@ -42,6 +40,8 @@ inline void decode_block(const uint8_t* bytes, vec out[kBlock / WIDTH]) {
         out[i] = vec{kE2M1[first & 15], kE2M1[first >> 4], kE2M1[second & 15], kE2M1[second >> 4]};
     }
 }
+
+int quick_order(int i) { return i; }
 
 inline void decode_quickly(const uint8_t* bytes, vec out[kBlock / WIDTH]) { decode_block(bytes, out); }
 

@@ -13,20 +13,15 @@ namespace {
 
 // The sums of this many rows stay in the L2 cache, and decoding again for every further 512 costs about one per cent.
 constexpr int64_t kRowBlock = 512;
-// Panels of dX are decoded for this many columns at a time, in which every weight row is a piece of 128 bytes. With 64,
-// one cache line, decoding took 2 cycles more for 32 weights, because memory is then read in smaller pieces.
-constexpr int64_t kDxGroup = 8 * kBlock;
+// dX is made for groups of columns whose panels take 128 KB, which leaves room in L2 for the rest. With narrower pieces
+// of weight rows than the 64 bytes (MXFP4 in fp32 panels) that this means, decoding takes longer.
+constexpr int64_t kDxGroupBytes = 128 * 1024;
 // The widest strips. The wider, the more often a slice of activations is used while it is in L2, and in dX, the more of
-// a weight row is read while its page is in the TLB.
+// a weight row is read while its page is in the TLB: with 64 rows and dense weights, 1024 columns instead of 256 gave
+// 68 instead of 61 % of peak.
 constexpr int64_t kForwardWidth = 4 * kBlock;
-constexpr int64_t kDxWidth = 4 * kDxGroup;
-
-// The widest of `widest`, half of it and so on down to `narrowest` that gives every thread several strips.
-int64_t strip_width(int64_t widest, int64_t narrowest, int64_t columns, int64_t blocks, int threads) {
-    int64_t width = widest;
-    while (width > narrowest && blocks * ceil_div(columns, width) < 4 * threads) width /= 2;
-    return width;
-}
+constexpr int64_t kDxWidth = 128 * kBlock;
+constexpr int64_t kSumBytes = 1024 * 1024;  // of a strip: they are read and written once for every slice
 
 class Buffer {
 public:
@@ -121,17 +116,27 @@ struct Piece {
     }
 };
 
-// What one thread needs to compute `width` columns of a row block, C as [panel][rows][columns].
+// The widest of `widest`, half of it and so on down to `narrowest` that gives every thread several strips.
+int64_t strip_width(int64_t widest, int64_t narrowest, int64_t columns, const std::vector<RowBlock>& blocks,
+                    int threads) {
+    int64_t width = widest, most_rows = 0, count = static_cast<int64_t>(blocks.size());
+    for (const RowBlock& block : blocks) most_rows = std::max(most_rows, block.rows);
+    const auto too_large = [&] { return most_rows * width * static_cast<int64_t>(sizeof(float)) > kSumBytes; };
+    while (width > narrowest && (too_large() || count * ceil_div(columns, width) < 4 * threads)) width /= 2;
+    return width;
+}
+
+// What one thread needs to compute columns of a row block, C as [panel][rows][columns].
 class Strip {
 public:
     // Panels are decoded for `group` columns at a time.
-    Strip(const Kernels& kernels, const PackedRows& x, int64_t width, int64_t group)
+    Strip(const Kernels& kernels, const PackedRows& x, int64_t group)
         : kernels_(kernels),
           x_(x),
           group_(group),
           panels_(panel_stride(kDepth) * group * sizeof(float)),
           tile_(kDepth * (kernels.exact ? kernels.exact->tile_bytes : 0)),
-          sums_(kRowBlock * width * sizeof(float)) {}
+          sums_(kSumBytes) {}
 
     // Sum over `depth` in slices. `decode(kernels, first, width, from, depth, panels)` decodes columns [first, first +
     // width) of the strip and says whether those kernels could; `piece(first, from)` is what that call reads, where
@@ -180,8 +185,8 @@ private:
                     packed = tile_.at();
                 }
                 float* c = sums(block, first / kernels->columns + panel) + block.tile_start(tile) * kernels->columns;
-                kernels->multiply(rows, packed, panels_.at(panel * panel_stride(slice) * kernels->panel_bytes), slice, c,
-                                  from > 0);
+                const uint8_t* decoded = panels_.at(panel * panel_stride(slice) * kernels->panel_bytes);
+                kernels->multiply(rows, packed, decoded, slice, c, from > 0);
                 ahead.prefetch(panel * block.num_tiles + tile, num_panels * block.num_tiles);
             }
     }
@@ -210,14 +215,15 @@ void grouped_linear(const Kernels& kernels, int threads, const Experts& experts,
                     const void* bias, DType bias_dtype, void* y) {
     const PackedRows rows(kernels, threads, experts, dtype, x, experts.in, kFewRows);
     const int64_t num_blocks = static_cast<int64_t>(rows.blocks().size());
-    const int64_t widest = strip_width(kForwardWidth, kBlock, experts.out, num_blocks, threads);
+    const int64_t widest = strip_width(kForwardWidth, kBlock, experts.out, rows.blocks(), threads);
     const int64_t num_strips = ceil_div(experts.out, widest);
     for_each_item(threads, num_blocks * num_strips, 1, [&] {
-        return [&, strip = Strip(kernels, rows, widest, kernels.columns)](int64_t item) mutable {
+        return [&, strip = Strip(kernels, rows, kernels.columns)](int64_t item) mutable {
             const RowBlock& block = rows.blocks()[item / num_strips];
             const Weight weight = weight_of(experts, block.expert);
             const int64_t column = item % num_strips * widest, width = std::min(widest, experts.out - column);
-            const auto decode = [&](const Kernels& k, int64_t first, int64_t, int64_t from, int64_t depth, void* panel) {
+            const auto decode = [&](const Kernels& k, int64_t first, int64_t, int64_t from, int64_t depth,
+                                    void* panel) {
                 // Row blocks that forward_few refused are not packed for any kernels but the exact ones.
                 return (block.rows > kFewRows || &k != &kernels) &&
                        k.pack_forward(weight, column + first, from, depth, panel);
@@ -242,10 +248,12 @@ void grouped_linear_dx(const Kernels& kernels, int threads, const Experts& exper
                        void* dx) {
     const PackedRows rows(kernels, threads, experts, dtype, dy, experts.out, 0);
     const int64_t num_blocks = static_cast<int64_t>(rows.blocks().size());
-    const int64_t widest = strip_width(kDxWidth, 2 * kBlock, experts.in, num_blocks, threads);
+    const int64_t widest = strip_width(kDxWidth, 2 * kBlock, experts.in, rows.blocks(), threads);
     const int64_t num_strips = ceil_div(experts.in, widest);
+    const int64_t column_bytes = kDepth * static_cast<int64_t>(kernels.panel_bytes) / kernels.columns;
+    const int64_t group = std::min(widest, kDxGroupBytes / column_bytes);
     for_each_item(threads, num_blocks * num_strips, 1, [&] {
-        return [&, strip = Strip(kernels, rows, widest, std::min(widest, kDxGroup))](int64_t item) mutable {
+        return [&, strip = Strip(kernels, rows, group)](int64_t item) mutable {
             const RowBlock& block = rows.blocks()[item / num_strips];
             const Weight weight = weight_of(experts, block.expert);
             const int64_t column = item % num_strips * widest, width = std::min(widest, experts.in - column);
@@ -255,7 +263,7 @@ void grouped_linear_dx(const Kernels& kernels, int threads, const Experts& exper
             };
             const auto piece = [&](int64_t first, int64_t from) -> Piece {
                 const int64_t input = column + first;
-                return {weight, from, rows.slice_depth(from), input, std::clamp<int64_t>(experts.in - input, 0, kDxGroup)};
+                return {weight, from, rows.slice_depth(from), input, std::clamp<int64_t>(experts.in - input, 0, group)};
             };
             strip.multiply(block, experts.out, width, decode, piece);
             strip.store(block, nullptr, column, width, dtype, dx, experts.in);

@@ -40,8 +40,8 @@ struct Kernels {
     // and `exact` must be used.
     bool (*pack_forward)(const Weight&, int64_t row, int64_t input, int64_t depth, void* panel);
 
-    // Make panels panel_stride(depth) apart for dX = dY W: columns are inputs [input, input + width), depth is weight rows. Columns
-    // beyond `width` hold anything.
+    // Make panels panel_stride(depth) apart for dX = dY W: columns are inputs [input, input + width), depth is weight
+    // rows. Columns beyond `width` hold anything.
     bool (*pack_dx)(const Weight&, int64_t row, int64_t depth, int64_t input, int64_t width, void* panels);
 
     // C[rows, columns] = tile * panel, or += if `accumulate`.

@@ -49,7 +49,8 @@ template <class T>
 TARGET void transpose_8_rows(const T* from, int64_t stride, int64_t rows, int64_t depth, float* out, int64_t step) {
     const T* row[8];
     for (int64_t i = 0; i < 8; ++i) row[i] = from + std::min(i, rows - 1) * stride;
-    // Where there are fewer than eight slots, the next ones are overwritten with what belongs there; the last have none.
+    // Where there are fewer than eight slots, the next ones are overwritten with what belongs there; the last have no
+    // next ones.
     const int64_t direct = step < 8 ? depth - 8 : depth;
     int64_t k = 0;
     for (; k + 8 <= direct; k += 8) transpose_8x8(row, k, out + k * step, step);
@@ -62,7 +63,8 @@ TARGET void transpose_8_rows(const T* from, int64_t stride, int64_t rows, int64_
             row_rest[i] = rest[i];
         }
         transpose_8x8(row_rest, 0, slots[0], 8);
-        for (int i = 0; i < 8; ++i) std::memcpy(out + (k + i) * step, slots[i], std::min<int64_t>(step, 8) * sizeof(float));
+        const size_t slot_bytes = std::min<int64_t>(step, 8) * sizeof(float);
+        for (int i = 0; i < 8; ++i) std::memcpy(out + (k + i) * step, slots[i], slot_bytes);
     }
 }
 
@@ -174,8 +176,8 @@ TARGET inline void decode_block(const uint8_t* bytes, vec out[kBlock / WIDTH]) {
     for (int i = 0; i < kBlock / WIDTH; ++i) out[i] = join(eights + i * WIDTH / 8);
 }
 
-// Even weights to the lower half, odd ones to the upper one; there, of every two, the first by a shift and the second by
-// a mask. Half as many shuffles, which were the bottleneck.
+// Even weights to the lower half, odd ones to the upper one; there, of every two, the first by a shift and the second
+// by a mask. Half as many shuffles, which were the bottleneck.
 TARGET inline void decode_quickly(const uint8_t* bytes, vec out[kBlock / WIDTH]) {
     const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
     const __m256i shifted = _mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
@@ -191,3 +193,5 @@ TARGET inline void decode_quickly(const uint8_t* bytes, vec out[kBlock / WIDTH])
 #pragma GCC unroll 4
     for (int i = 0; i < kBlock / WIDTH; ++i) out[i] = join(eights + i * WIDTH / 8);
 }
+
+int quick_order(int i) { return i / 16 * 16 + i % 4 * 4 + i / 4 % 2 + i / 8 % 2 * 2; }

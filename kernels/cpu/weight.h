@@ -28,8 +28,8 @@ struct Weight {
     const uint8_t* scale(int64_t row, int64_t block) const { return scales + row * row_blocks() + block; }
 };
 
-// Ask for `bytes` bytes to be brought into the L2 cache. Addresses beyond the mapping do no harm. The asm says that this
-// has an effect: GCC drops calls of functions that do nothing but prefetch.
+// Ask for `bytes` bytes to be brought into the L2 cache. Addresses beyond the mapping do no harm. The asm says that
+// this has an effect: GCC drops calls of functions that do nothing but prefetch.
 inline void prefetch(const uint8_t* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
     asm volatile("");
