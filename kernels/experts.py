@@ -228,18 +228,23 @@ def _by_rank(B_EOR: Tensor) -> Tensor:
 def _frozen_product(x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) -> Tensor:
     if isinstance(projection.weight, MXFP4Weight):
         return dispatch.grouped_linear(x_NI, projection.weight, projection.bias_EO, ends_E)
-    return _dense_product(x_NI, projection.weight, projection.bias_EO, ends_E)
+    # Stored [E, in, out], it is the operand of a product with the other orientation.
+    y_NO = dispatch.grouped_dense_dx(x_NI, projection.weight, ends_E)
+    biases = zip(y_NO.split(_sizes(ends_E)), projection.bias_EO.unbind(0), strict=True)
+    for rows, bias_O in biases:
+        rows += bias_O
+    return y_NO
 
 
 def _frozen_product_dx(dy_NO: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) -> Tensor:
     if isinstance(projection.weight, MXFP4Weight):
         return dispatch.grouped_linear_dx(dy_NO, projection.weight, ends_E)
-    parts = zip(dy_NO.split(_sizes(ends_E)), projection.weight.unbind(0), strict=True)
-    return torch.cat([dy @ weight_IO.T for dy, weight_IO in parts])
+    return dispatch.grouped_dense(dy_NO, projection.weight, None, ends_E)
 
 
-def _dense_product(x_NI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, ends_E: Sequence[int]) -> Tensor:
-    parts = zip(x_NI.split(_sizes(ends_E)), weight_EIO.unbind(0), bias_EO.unbind(0), strict=True)
+def _trained_product(x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) -> Tensor:
+    """The product with dense weights that autograd differentiates in the weights too."""
+    parts = zip(x_NI.split(_sizes(ends_E)), projection.weight.unbind(0), projection.bias_EO.unbind(0), strict=True)
     return torch.cat([torch.addmm(bias_O, x, weight_IO) for x, weight_IO, bias_O in parts])
 
 
@@ -266,7 +271,8 @@ def _autograd_block(
     """The block for training its dense weights, composed of what torch can differentiate."""
 
     def project(x_NI: Tensor, projection: ExpertProjection) -> Tensor:
-        y_NO = _frozen_product(x_NI, projection, ends_E)
+        packed = isinstance(projection.weight, MXFP4Weight)
+        y_NO = (_frozen_product if packed else _trained_product)(x_NI, projection, ends_E)
         for lora in projection.low_rank:
             y_NO = y_NO + reference.grouped_lora(x_NI, lora.A_ERI, lora.B_EOR, lora.scaling, ends_E, lora.experts)
         return y_NO
