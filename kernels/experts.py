@@ -57,14 +57,26 @@ def expert_block(
     Raises:
         ValueError: if the biases of packed weights require a gradient.
     """
-    order_N = experts_TK.reshape(-1).argsort(stable=True)
-    # One device synchronisation for the whole block: products loop over experts on the host.
-    ends_E = experts_TK.reshape(-1).bincount(minlength=gate_up.bias_EO.shape[0]).cumsum(0).tolist()
+    order_N, ends_E = _sort_by_expert(experts_TK, gate_up)
     constants = _Constants(ends_E, alpha, limit)
     if _trains_weights(gate_up) or _trains_weights(down):
         return _autograd_block(hidden_TH, routing_weights_TK, order_N, gate_up, down, constants)
     forms, tensors = zip(*(_disassemble(projection) for projection in (gate_up, down)), strict=True)
     return _ExpertBlock.apply(hidden_TH, routing_weights_TK, order_N, constants, forms, *tensors[0], *tensors[1])
+
+
+def expert_inputs(
+    hidden_TH: Tensor, experts_TK: Tensor, gate_up: ExpertProjection, *, alpha: float, limit: float
+) -> tuple[Tensor, Tensor, list[int]]:
+    """What `expert_block` multiplies by its two weights; not differentiable.
+
+    Returns:
+        The rows `[N, H]` and `[N, I]` that enter gate_up and down, and where each expert's rows end.
+    """
+    order_N, ends_E = _sort_by_expert(experts_TK, gate_up)
+    x_NH = hidden_TH.index_select(0, order_N // experts_TK.shape[1])
+    _, act_NI, _ = _activate(x_NH, gate_up, _Constants(ends_E, alpha, limit))
+    return x_NH, act_NI, ends_E
 
 
 class _Constants(NamedTuple):
@@ -105,12 +117,11 @@ def _assemble(form: _Form, tensors: Sequence[Tensor]) -> ExpertProjection:
 class _ExpertBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH, routing_TK, order_N, constants, forms, *tensors):  # type: ignore[no-untyped-def]
-        (ends_E, alpha, limit), (gate_up_form, down_form), K = constants, forms, routing_TK.shape[1]
+        ends_E, (gate_up_form, down_form), K = constants.ends_E, forms, routing_TK.shape[1]
         gate_up = _assemble(gate_up_form, tensors[: gate_up_form.num_tensors])
         down = _assemble(down_form, tensors[gate_up_form.num_tensors :])
 
-        gate_up_N2I, h_gate_up = _project(hidden_TH.index_select(0, order_N // K), gate_up, ends_E)
-        act_NI = dispatch.clamped_swiglu(gate_up_N2I, alpha=alpha, limit=limit)
+        gate_up_N2I, act_NI, h_gate_up = _activate(hidden_TH.index_select(0, order_N // K), gate_up, constants)
         y_NH, h_down = _project(act_NI, down, ends_E)
 
         ctx.save_for_backward(hidden_TH, routing_TK, order_N, gate_up_N2I, *h_gate_up, *h_down, *tensors)
@@ -168,6 +179,21 @@ def _take(items: list[Any], count: int) -> list[Any]:
     """Remove the first `count` items and return them."""
     taken, items[:] = items[:count], items[count:]
     return taken
+
+
+def _sort_by_expert(experts_TK: Tensor, gate_up: ExpertProjection) -> tuple[Tensor, list[int]]:
+    """The order of the choices sorted by expert, and where each expert's end in it."""
+    order_N = experts_TK.reshape(-1).argsort(stable=True)
+    # One device synchronisation for the whole block: products loop over experts on the host.
+    ends_E = experts_TK.reshape(-1).bincount(minlength=gate_up.bias_EO.shape[0]).cumsum(0).tolist()
+    return order_N, ends_E
+
+
+def _activate(x_NH: Tensor, gate_up: ExpertProjection, constants: _Constants) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The gate_up projection of rows before and after its activation, and x·A^T of each update."""
+    gate_up_N2I, h = _project(x_NH, gate_up, constants.ends_E)
+    act_NI = dispatch.clamped_swiglu(gate_up_N2I, alpha=constants.alpha, limit=constants.limit)
+    return gate_up_N2I, act_NI, h
 
 
 def _project(x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) -> tuple[Tensor, list[Tensor]]:

@@ -1,35 +1,53 @@
 """From a finished run to a folder that a server loads."""
 
 import os
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from random import Random
 from typing import Literal, cast
 
+from gptoss_ft.adapters.save import load_adapter
+from gptoss_ft.config.catalog import rows_fault
 from gptoss_ft.config.load import compose_train_config
-from gptoss_ft.config.schema import ExportCommand, TrainConfig
+from gptoss_ft.config.schema import ExportCommand, Rounding, TrainConfig
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import export_adapter, read_adapter
+from gptoss_ft.export.calibrate import Calibration
 from gptoss_ft.export.fingerprint import check_fingerprint
 from gptoss_ft.export.gguf_adapter import export_adapter_gguf
 from gptoss_ft.export.merge import MergeFormat, merge
 from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.load import load_base
+from gptoss_ft.recipes.samples import split_samples
 from gptoss_ft.training.run_folder import RunFolder, write_json
 
 
 def main(cfg: ExportCommand) -> Path:
     """Run `gptoss-ft export`; returns the exported folder."""
-    return export_run(Path(cfg.run), cfg.format.value, Path(cfg.out), base=Path(cfg.base) if cfg.base else None)
+    return export_run(
+        Path(cfg.run),
+        cfg.format.value,
+        Path(cfg.out),
+        base=Path(cfg.base) if cfg.base else None,
+        calibration_tokens=cfg.calibration_tokens if cfg.rounding is Rounding.calibrated else None,
+    )
 
 
-def export_run(run_path: Path, format: str, out: Path, *, base: Path | None = None) -> Path:
+def export_run(
+    run_path: Path, format: str, out: Path, *, base: Path | None = None, calibration_tokens: int | None = None
+) -> Path:
     """Export a run's adapter, alone or merged into its base; a merge is recorded in the run folder.
 
     Args:
         format: a name of `ExportFormat`.
         base: the base checkpoint, if it is no longer where the run's config says.
+        calibration_tokens: round MXFP4 experts for what they see in at most so many tokens of the run's training rows;
+            None rounds to nearest.
 
     Raises:
-        UserError: if the base is not the one that the run trained on, or the adapter or `out` cannot be used.
+        UserError: if the base is not the one that the run trained on, or the adapter or `out` cannot be used; if the
+            run's rows or base cannot be calibrated on.
     """
     run = RunFolder(run_path)
     checkpoint = Checkpoint.open(base or config_of(run).model.path)
@@ -39,10 +57,43 @@ def export_run(run_path: Path, format: str, out: Path, *, base: Path | None = No
     if format == "adapter_gguf":
         return export_adapter_gguf(run.adapter, out, checkpoint)
     deltas = read_adapter(run.adapter, checkpoint.spec)
-    report = merge(checkpoint, deltas, out, format=cast(MergeFormat, format))
+    calibrate = None if calibration_tokens is None else calibration(run, checkpoint, calibration_tokens)
+    report = merge(checkpoint, deltas, out, format=cast(MergeFormat, format), calibrate=calibrate)
     write_json(record_path(run, "merge", format, out), report.to_dict())
     print(report)
     return out
+
+
+def calibration(run: RunFolder, base: Checkpoint, num_tokens: int) -> Calibration:
+    """Load the trained model and say on how much of its training rows it calibrates."""
+    if base.layout == "bf16":
+        raise UserError(
+            f"{base.path} holds bf16 experts, and rounding=calibrated starts from the MXFP4 numbers of a base: "
+            "name its MXFP4 checkpoint with base=FOLDER, or export with rounding=nearest"
+        )
+    samples = calibration_samples(config_of(run), num_tokens)
+    model, _ = load_adapter(load_base(base.path), run.adapter)
+    print(f"calibrating on {sum(map(len, samples))} tokens of {len(samples)} samples")
+    return Calibration(model, samples)
+
+
+def calibration_samples(cfg: TrainConfig, num_tokens: int) -> list[list[int]]:
+    """Token ids of whole training samples, drawn by the run's seed, of at most `num_tokens` tokens together."""
+    for path in cfg.data.path:
+        if fault := rows_fault(path):
+            raise UserError(f"{path}: {fault}; rounding=calibrated needs the run's training rows where they were")
+    train, _, _ = split_samples(replace(cfg.data, eval_path=None), cfg.seed)
+    Random(cfg.seed).shuffle(train)
+    chosen: list[list[int]] = []
+    remaining = num_tokens
+    for sample in train:
+        if len(sample.input_ids) <= remaining:
+            chosen.append(sample.input_ids)
+            remaining -= len(sample.input_ids)
+    if not chosen:
+        shortest = min(len(sample.input_ids) for sample in train)
+        raise UserError(f"the shortest training sample has {shortest} tokens: set calibration_tokens to that at least")
+    return chosen
 
 
 def config_of(run: RunFolder) -> TrainConfig:

@@ -14,7 +14,15 @@ from transformers import GptOssForCausalLM, PrinterCallback, TrainingArguments
 from gptoss_ft.adapters.attach import Targets, attach_adapters
 from gptoss_ft.adapters.save import restore_adapter, save_adapter
 from gptoss_ft.config.load import to_yaml
-from gptoss_ft.config.schema import AdapterConfig, DataConfig, ModelConfig, TrainConfig, TrainerConfig
+from gptoss_ft.config.schema import (
+    ROUNDED_FORMATS,
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    Rounding,
+    TrainConfig,
+    TrainerConfig,
+)
 from gptoss_ft.data.collate import PaddingCollator
 from gptoss_ft.data.dataset import Sample, to_dataset
 from gptoss_ft.data.files import absolute
@@ -274,7 +282,13 @@ def export_all(run: RunFolder, cfg: TrainConfig) -> None:
         UserError: if an export is further from the trained model than its stated bounds.
     """
     for format in cfg.export.formats:
-        out = export_run(run.path, format.value, run.exports / format.value)
+        calibrated = cfg.export.rounding is Rounding.calibrated and format in ROUNDED_FORMATS
+        out = export_run(
+            run.path,
+            format.value,
+            run.exports / format.value,
+            calibration_tokens=cfg.export.calibration_tokens if calibrated else None,
+        )
         if cfg.export.verify:
             report = verify_run(run.path, out)
             print(report)

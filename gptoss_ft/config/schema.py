@@ -61,6 +61,11 @@ Schedule = StrEnum(
 Optim = StrEnum("Optim", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"])
 Reporter = StrEnum("Reporter", ["none", "wandb", "tensorboard"])
 ExportFormat = StrEnum("ExportFormat", ["adapter", "adapter_gguf", "bf16", "mxfp4", "original", "gguf", "gguf_q8_0"])
+Rounding = StrEnum("Rounding", ["nearest", "calibrated"])
+# Those that hold MXFP4 experts, whose updates are rounded to 4 bits.
+ROUNDED_FORMATS = (ExportFormat.mxfp4, ExportFormat.original, ExportFormat.gguf, ExportFormat.gguf_q8_0)
+ROUNDING_MEANING = "how MXFP4 formats round updates of experts: to nearest, or by their inputs on the run's rows"
+TOKENS_MEANING = "tokens of the run's training rows that rounding=calibrated looks at"
 
 ATTENTION_TARGETS = (Target.attention, Target.all, Target.q_proj, Target.k_proj, Target.v_proj, Target.o_proj)
 
@@ -87,6 +92,16 @@ def is_date(text: str | None) -> bool:
 def require_seed(seed: int) -> None:
     """Raise `ConfigError` for a seed that NumPy, the narrowest of the generators, does not take."""
     require(0 <= seed < 2**32, "seed", f"from 0 to {2**32 - 1}", seed)
+
+
+def check_rounding(rounding: Rounding, num_tokens: int, formats: list[ExportFormat], prefix: str = "") -> None:
+    """Raise `ConfigError` for a calibration on nothing, or of nothing."""
+    require(num_tokens >= 1, f"{prefix}calibration_tokens", "1 or more", num_tokens)
+    if rounding is Rounding.calibrated and not set(formats) & set(ROUNDED_FORMATS):
+        raise ConfigError(
+            f"{prefix}rounding=calibrated is for formats that round experts ({', '.join(ROUNDED_FORMATS)}), "
+            f"not {', '.join(formats) or 'for none'}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +285,11 @@ class TrainerConfig:
 class ExportConfig:
     formats: list[ExportFormat] = key("formats to write when training ends", default_factory=list)
     verify: bool = key("reopen each export and compare it with the trained model", default=True)
+    rounding: Rounding = key(ROUNDING_MEANING, default=Rounding.nearest)
+    calibration_tokens: int = key(TOKENS_MEANING, default=4096)
+
+    def __post_init__(self) -> None:
+        check_rounding(self.rounding, self.calibration_tokens, self.formats, "export.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +334,11 @@ class ExportCommand:
     format: ExportFormat = key("what to write")
     out: str = key("folder to create")
     base: str | None = key("base checkpoint, if it has moved since training", reads="folder", default=None)
+    rounding: Rounding = key(ROUNDING_MEANING, default=Rounding.nearest)
+    calibration_tokens: int = key(TOKENS_MEANING, default=4096)
+
+    def __post_init__(self) -> None:
+        check_rounding(self.rounding, self.calibration_tokens, [self.format])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 from gptoss_ft.export.deltas import LowRankDelta, check_deltas
 from gptoss_ft.export.gguf_layout import MODEL_FILE, GgufFormat, check_representable, gguf_tensors
 from gptoss_ft.export.gguf_model import write_model
-from gptoss_ft.export.merged import MergedWeights, row_workers
+from gptoss_ft.export.merged import Calibrate, MergedWeights, row_workers
 from gptoss_ft.files import whole_folder
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.shards import write_shards
@@ -34,11 +34,14 @@ class MergeReport:
         updates: by HF weight name, over the experts that have an update, how it compares with what was written;
             also every expert stack that had to be rounded from bf16 to MXFP4.
         num_copied: tensors whose bytes are the base's.
+        num_calibrated, num_nearest: experts of packed stacks that were rounded for their inputs and to nearest.
     """
 
     format: MergeFormat
     updates: dict[str, UpdateStats]
     num_copied: int
+    num_calibrated: int = 0
+    num_nearest: int = 0
 
     def __str__(self) -> str:
         total = sum(self.updates.values(), UpdateStats())
@@ -48,7 +51,12 @@ class MergeReport:
                 f"updates of {total.relative_update:.2%} of the weights' norm: {total.retained:.1%} retained, "
                 f"error {total.relative_error:.1%} of the update"
             )
-        lost = [name for name, stats in self.updates.items() if (stats.relative_error or 0) > LOST]
+        if total.output_error is not None:
+            lines.append(
+                f"{self.num_calibrated} of {self.num_calibrated + self.num_nearest} trained experts rounded for their "
+                f"inputs: error {total.output_error:.1%} of the update's outputs on held-out inputs"
+            )
+        lost = [name for name, stats in self.updates.items() if _error(stats) > LOST]
         if lost:
             lines.append(
                 f"{len(lost)} of {len(self.updates)} updates are too small for {self.format} and lost in rounding, "
@@ -61,6 +69,8 @@ class MergeReport:
         return {
             "format": self.format,
             "num_tensors_copied": self.num_copied,
+            "num_experts_calibrated": self.num_calibrated,
+            "num_experts_to_nearest": self.num_nearest,
             "overall": _as_dict(sum(self.updates.values(), UpdateStats())),
             "tensors": {name: _as_dict(stats) for name, stats in self.updates.items()},
         }
@@ -72,13 +82,14 @@ def merge(
     out: Path,
     *,
     format: MergeFormat,
+    calibrate: Calibrate | None = None,
     progress: bool = True,
 ) -> MergeReport:
     """Write base + deltas to the new folder `out`.
 
     Whatever has no update keeps its bytes where the format allows. bf16 weights are rounded to nearest; MXFP4
-    experts as `round_merged` describes. config.json is the base's, with what the format needs changed. The GGUF
-    formats are one file, `model.gguf`.
+    experts as `round_merged` describes, or with `calibrate` for their inputs, see `MergedWeights`. config.json is the
+    base's, with what the format needs changed. The GGUF formats are one file, `model.gguf`.
 
     Args:
         deltas: by HF weight name: `….self_attn.q_proj.weight`, `….mlp.router.weight`, `….mlp.experts.gate_up_proj`.
@@ -89,15 +100,15 @@ def merge(
     """
     check_deltas(base.spec, deltas)
     if format == "gguf" or format == "gguf_q8_0":
-        return _merge_gguf(base, deltas, out, format, progress)
+        return _merge_gguf(base, deltas, out, format, calibrate, progress)
     with whole_folder(out, num_bytes=base.spec.num_bytes(format)) as folder, row_workers() as pool:
-        weights = MergedWeights(base, deltas, pool)
+        weights = MergedWeights(base, deltas, pool, calibrate)
         (folder / "config.json").write_bytes(_config(base, format))
         if format != "original":
             copy_tokenizer(base, folder)
         write_shards(folder, weights.entries(format), progress=progress)
     num_copied = sum(map(weights.is_copied, base.spec.tensors("bf16" if format == "bf16" else "mxfp4")))
-    return MergeReport(format, weights.updates, num_copied)
+    return MergeReport(format, weights.updates, num_copied, weights.num_calibrated, weights.num_nearest)
 
 
 def copy_tokenizer(base: Checkpoint, folder: Path) -> None:
@@ -110,18 +121,23 @@ def copy_tokenizer(base: Checkpoint, folder: Path) -> None:
 
 
 def _merge_gguf(
-    base: Checkpoint, deltas: Mapping[str, LowRankDelta], out: Path, format: GgufFormat, progress: bool
+    base: Checkpoint,
+    deltas: Mapping[str, LowRankDelta],
+    out: Path,
+    format: GgufFormat,
+    calibrate: Calibrate | None,
+    progress: bool,
 ) -> MergeReport:
     check_representable(base.spec)
     tensors = gguf_tensors(base.spec, format)
     num_bytes = sum(part.nbytes for parts in tensors.values() for part in parts)
     with whole_folder(out, num_bytes=num_bytes) as folder, row_workers() as pool, TemporaryDirectory() as tokenizer:
-        weights = MergedWeights(base, deltas, pool)
+        weights = MergedWeights(base, deltas, pool, calibrate)
         copy_tokenizer(base, Path(tokenizer))
         write_model(folder / MODEL_FILE, weights, format, Path(tokenizer), progress=progress)
     rounded = {GGMLQuantizationType.Q8_0} | ({GGMLQuantizationType.MXFP4} if base.layout == "bf16" else set())
     num_copied = sum(name not in deltas and parts[0].type not in rounded for name, parts in tensors.items())
-    return MergeReport(format, weights.updates, num_copied)
+    return MergeReport(format, weights.updates, num_copied, weights.num_calibrated, weights.num_nearest)
 
 
 def _config(base: Checkpoint, format: Layout) -> bytes:
@@ -135,12 +151,18 @@ def _config(base: Checkpoint, format: Layout) -> bytes:
     return config_as_text(config).encode()
 
 
+def _error(stats: UpdateStats) -> float:
+    """Relative to the update, and of its outputs where they were looked at: calibrated elements err more on purpose."""
+    return next((error for error in (stats.output_error, stats.relative_error) if error is not None), 0.0)
+
+
 def _as_dict(stats: UpdateStats) -> dict[str, Any]:
     return {
         "relative_update": stats.relative_update,
         "changed_share": stats.changed_share,
         "retained": stats.retained,
         "relative_error": stats.relative_error,
+        "output_error": stats.output_error,
         "rounding_error": stats.rounding_error,
         "num_elements": stats.num_elements,
     }

@@ -20,6 +20,7 @@ from gptoss_ft.model import layouts
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.shards import Entry, Producer
 from gptoss_ft.model.spec import Layout, TensorSpec
+from gptoss_ft.mxfp4.calibrated import CalibratedRounding
 from gptoss_ft.mxfp4.codec import quantize_mxfp4
 from gptoss_ft.mxfp4.round import UpdateStats, measure_update, round_merged
 
@@ -29,19 +30,35 @@ MAX_WORKERS = 16
 # Rows of a tensor without an update that are in memory at once: 47 MB of an embedding.
 COPY_ROWS = 8192
 
+# How to round an expert of a stack, by HF weight name; None where too little is known of its inputs.
+Calibrate = Callable[[str, int], CalibratedRounding | None]
+
 
 class MergedWeights:
     """The tensors of base + updates, for as long as `pool` runs; `updates` grows as they are produced.
 
+    Args:
+        calibrate: asked for every expert of a packed base that has an update, in the order of the layers; without it
+            and where it says None, MXFP4 numbers are rounded to nearest.
+
     Attributes:
         updates: by HF weight name, over the experts that have an update, how it compares with what was written;
             also every expert stack that had to be rounded from bf16 to MXFP4.
+        num_calibrated, num_nearest: experts of packed stacks that were rounded for their inputs and to nearest.
     """
 
-    def __init__(self, base: Checkpoint, deltas: Mapping[str, LowRankDelta], pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        base: Checkpoint,
+        deltas: Mapping[str, LowRankDelta],
+        pool: ThreadPoolExecutor,
+        calibrate: Calibrate | None = None,
+    ) -> None:
         self.base = base
         self.deltas = deltas
         self.pool = pool
+        self.calibrate = calibrate
+        self.num_calibrated = self.num_nearest = 0
         self.packed = base.layout != "bf16"
         self.updates: dict[str, UpdateStats] = {}
 
@@ -90,7 +107,7 @@ class MergedWeights:
             if self.packed:
                 blocks, scales = self._packed_expert(name, expert)
                 if update:
-                    self._add_to_packed(name, blocks, scales, update)
+                    self._add_to_packed(name, expert, blocks, scales, update)
             else:
                 blocks, scales = self._round_to_mxfp4(name, self._expert_as_bf16(name, expert), update)
             yield blocks, scales
@@ -131,10 +148,17 @@ class MergedWeights:
         self._over_rows(name, weight.shape[0], add)
         return merged
 
-    def _add_to_packed(self, name: str, blocks: Tensor, scales: Tensor, update: Callable[[slice], Tensor]) -> None:
+    def _add_to_packed(
+        self, name: str, expert: int, blocks: Tensor, scales: Tensor, update: Callable[[slice], Tensor]
+    ) -> None:
+        rounding = self.calibrate(name, expert) if self.calibrate else None
+        self.num_calibrated += rounding is not None
+        self.num_nearest += rounding is None
+        to_grid = rounding.round if rounding else round_merged
+
         def add(rows: slice) -> UpdateStats:
             target = dequantize_mxfp4(blocks[rows], scales[rows], torch.float32) + update(rows)
-            blocks[rows], scales[rows], stats = round_merged(target, blocks[rows], scales[rows])
+            blocks[rows], scales[rows], stats = to_grid(target, blocks[rows], scales[rows])
             return stats
 
         self._over_rows(name, blocks.shape[0], add)
@@ -175,13 +199,20 @@ def row_workers() -> Iterator[ThreadPoolExecutor]:
     Torch's own threads meet after every operation, which on a machine with other work to do made merging 20 times
     slower than one thread.
     """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    num_workers = min(torch.get_num_threads(), MAX_WORKERS)
+    with torch_threads(1), ThreadPoolExecutor(num_workers) as pool:
+        yield pool
+
+
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """Torch runs each operation on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
     try:
-        with ThreadPoolExecutor(min(num_threads, MAX_WORKERS)) as pool:
-            yield pool
+        yield
     finally:
-        torch.set_num_threads(num_threads)
+        torch.set_num_threads(before)
 
 
 def _rows_of_update(factors: tuple[Tensor, Tensor], scaling: float, rows: slice) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from gptoss_ft.kernels.experts import ExpertProjection, LowRank, expert_block
+from gptoss_ft.kernels.experts import ExpertProjection, LowRank, expert_block, expert_inputs
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -61,6 +61,18 @@ def experts_forward(
     return expert_block(
         hidden_TH, experts_TK, routing_weights_TK, gate_up, down, alpha=experts.alpha, limit=experts.limit
     )
+
+
+def projection_inputs(
+    experts: Experts,
+    hidden_TH: Tensor,
+    experts_TK: Tensor,
+    low_rank: Mapping[str, Sequence[LowRank]] | None = None,
+) -> tuple[dict[str, Tensor], list[int]]:
+    """What each projection is given in `experts_forward`, rows sorted by expert, and where each expert's rows end."""
+    gate_up = _projection(experts, "gate_up_proj", (low_rank or {}).get("gate_up_proj", ()))
+    x_NH, act_NI, ends_E = expert_inputs(hidden_TH, experts_TK, gate_up, alpha=experts.alpha, limit=experts.limit)
+    return {"gate_up_proj": x_NH, "down_proj": act_NI}, ends_E
 
 
 def _projection(experts: Experts, name: str, low_rank: Sequence[LowRank]) -> ExpertProjection:

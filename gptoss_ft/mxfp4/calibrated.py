@@ -48,7 +48,7 @@ class CalibratedRounding:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.H))
         upper = torch.linalg.cholesky(inverse, upper=True)
         # What an error in column k, made good as well as can be by later ones, adds to what is wanted of them.
-        self.spread = upper / upper.diagonal()[:, None]
+        self.spread = (upper / upper.diagonal()[:, None]).contiguous()
 
     def round(self, target: Tensor, base_blocks: Tensor, base_scales: Tensor) -> tuple[Tensor, Tensor, UpdateStats]:
         """Round `target` [O, K], fp32, near a base of blocks [O, G, 16] and scales [O, G], a row independent of others.

@@ -1,6 +1,7 @@
 """`gptoss-ft export` from a run folder: the right base, records that stay apart, damaged files named."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -13,11 +14,14 @@ from gptoss_ft.adapters.save import save_adapter
 from gptoss_ft.cli import main
 from gptoss_ft.config.load import compose_train_config, to_yaml
 from gptoss_ft.errors import UserError
+from gptoss_ft.export.distance import quantile
 from gptoss_ft.export.fingerprint import base_fingerprint, check_fingerprint, write_fingerprint
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
-from gptoss_ft.recipes.export import export_run, record_path
+from gptoss_ft.recipes.export import calibration_samples, export_run, record_path
+from gptoss_ft.recipes.samples import split_samples
+from gptoss_ft.recipes.verify import verify_run
 from gptoss_ft.training.run_folder import RunFolder
 
 
@@ -118,3 +122,59 @@ def test_a_truncated_adapter_is_an_error_of_one_line(run, tmp_path, capsys, form
     error = capsys.readouterr().err
     assert error.startswith(f"error: {weights} is truncated or damaged") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_calibrated_rounding_keeps_more_of_a_trained_run(tiny_base, four_rows, tmp_path, capsys):
+    run = tmp_path / "run"
+    words = [f"run.dir={run}", f"model.path={tiny_base}", f"data.path={four_rows}", "data.eval_fraction=0"]
+    words += ["adapter.targets=experts", "adapter.r=4", "trainer.max_steps=6", "trainer.learning_rate=1e-2"]
+    words += ["export.formats=[adapter,mxfp4]", "export.rounding=calibrated", "export.calibration_tokens=1000"]
+    assert main(["train", "config=quickstart", *words]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"calibrating on \d+ tokens of [1-9] samples", printed)
+    assert "of the update's outputs on held-out inputs" in printed and "FAILED" not in printed
+    assert main(["export", f"run={run}", "format=mxfp4", f"out={tmp_path / 'nearest'}"]) == 0
+    calibrated, nearest = (verify_run(run, out, data=four_rows) for out in (run / "export/mxfp4", tmp_path / "nearest"))
+    print(calibrated, nearest)
+    lost = [quantile(report.readings[0].from_trained.relative, 0.5) for report in (calibrated, nearest)]
+    assert calibrated.passed and lost[0] < 0.8 * lost[1]
+
+    # The file differs, the numbers do not: GGUF holds the same blocks.
+    words = ["format=gguf", "rounding=calibrated", "calibration_tokens=1000"]
+    assert main(["export", f"run={run}", *words, f"out={tmp_path / 'gguf'}"]) == 0
+    records = [json.loads(path.read_text()) for path in (run / "merge-mxfp4.json", *run.glob("merge-gguf-*.json"))]
+    assert records[0]["tensors"] == records[1]["tensors"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["format=bf16"],
+            "rounding=calibrated is for formats that round experts (mxfp4, original, gguf, gguf_q8_0), not",
+        ),
+        (["format=adapter"], "rounding=calibrated is for formats that round experts"),
+        (["format=mxfp4", "calibration_tokens=0"], "calibration_tokens must be 1 or more"),
+        (["format=mxfp4", "base=BF16"], "holds bf16 experts, and rounding=calibrated starts from the MXFP4 numbers"),
+        (["format=mxfp4"], "rows.jsonl: "),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(run, small_bases, tmp_path, capsys, words, message):
+    words = [word.replace("BF16", str(small_bases["bf16"])) for word in words]
+    assert main(["export", f"run={run}", *words, "rounding=calibrated", f"out={tmp_path / 'out'}"]) != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_samples_are_whole_and_within_the_budget(four_rows, tmp_path):
+    words = [f"run.dir={tmp_path}", "model.path=base", f"data.path={four_rows}", "data.eval_fraction=0.25"]
+    cfg = compose_train_config(words)
+    train, held_out, _ = split_samples(cfg.data, cfg.seed)
+    sizes = sorted(len(sample.input_ids) for sample in train)
+    everything = calibration_samples(cfg, sum(sizes))
+    assert sorted(map(len, everything)) == sizes
+    assert not any(sample.input_ids in everything for sample in held_out)
+    fewer = calibration_samples(cfg, sum(sizes) - 1)
+    assert len(fewer) == len(sizes) - 1 and all(ids in everything for ids in fewer)
+    with pytest.raises(UserError, match=f"the shortest training sample has {sizes[0]} tokens"):
+        calibration_samples(cfg, sizes[0] - 1)
