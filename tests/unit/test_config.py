@@ -368,6 +368,8 @@ def test_verify_finds_a_base_that_has_moved(here):
 
 @pytest.mark.parametrize("implementation", AttnImplementation)
 def test_attention_implementations_run_gpt_oss(implementation):
+    import gptoss_ft.model.attention  # noqa: F401  registers ours
+
     with torch.device("meta"):
         model = transformers.GptOssForCausalLM._from_config(small_shape(), attn_implementation=implementation.value)
     assert model.config._attn_implementation == implementation.value

@@ -1,10 +1,5 @@
 """Every path of the CPU library against the torch reference in fp64."""
 
-import ctypes
-import os
-import shutil
-import subprocess
-from collections.abc import Iterator
 from itertools import accumulate, product
 from pathlib import Path
 
@@ -21,48 +16,6 @@ built = pytest.mark.skipif(cpu_library.library() is None, reason="the CPU librar
 SHAPES = [(32, 32), (96, 160), (288, 544)]
 # None, one, the dot-product path (up to 4), tiles of 6 and 14 with remainders, and more than one block of 512.
 ROWS = [(0, 0), (1, 0, 3), (4, 5, 0, 14, 15), (530, 2)]
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The library with AVX-512 emulated, so that its paths are proven on processors without it."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    if compiler is None or "avx2" not in cpu_library.supported_isas():
-        pytest.skip("emulating AVX-512 takes a C++ compiler and a processor with AVX2")
-    root, library = Path(__file__).parents[2], tmp_path_factory.mktemp("emulated") / cpu_library.LIBRARY_NAME
-    sources = sorted((root / "kernels" / "cpu").glob("*.cpp"))
-    # AVX2 for all functions: with and without it, they pass vectors of 32 bytes in different places.
-    flags = ["-std=c++17", "-O1", "-w", "-mavx2", "-mfma", "-fPIC", "-shared", "-pthread", "-DGPTOSS_FT_X86"]
-    flags += ['-DAVX512_FEATURES="avx2,fma"', f"-I{root / 'tests' / 'emulation'}"]
-    done = subprocess.run([compiler, *flags, *sources, "-o", library], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(library))
-
-
-@pytest.fixture(params=cpu_library.ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv(cpu_library.ISA_VARIABLE, request.param)
-    if request.param in cpu_library.supported_isas():
-        yield request.param
-    elif request.param != "avx512bf16":
-        pytest.skip(f"this processor has no {request.param}")
-    else:
-        library = request.getfixturevalue("emulated")
-        monkeypatch.setattr(cpu_library, "library", lambda: library)
-        monkeypatch.setattr(cpu_library, "supported_isas", lambda: cpu_library.ISAS)
-        cpu_library.function.cache_clear()
-        yield request.param
-        cpu_library.function.cache_clear()
-
-
-@pytest.fixture
-def poisoned_memory():
-    """Fresh tensors hold NaN, so an element that no kernel writes shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.zeros(1).new_empty(4, 8).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random_weight(E: int, O: int, I: int, scales: tuple[int, int] = (115, 123)) -> MXFP4Weight:

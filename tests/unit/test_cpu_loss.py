@@ -15,11 +15,6 @@ def exact(logits, targets, weights):
     return losses.detach(), torch.autograd.grad((losses * weights.double()).sum(), logits)[0]
 
 
-@pytest.fixture(params=cpu_library.supported_isas() if cpu_library.library() else [])
-def isa(request, monkeypatch):
-    monkeypatch.setenv(cpu_library.ISA_VARIABLE, request.param)
-
-
 @pytest.mark.parametrize("vocabulary", [1, 3, 16, 77, 1003])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spread", [1.0, 30.0])
