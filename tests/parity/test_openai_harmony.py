@@ -263,7 +263,7 @@ def test_generations_of_any_conversation(openai_encoding, conversation):
 
 
 @pytest.mark.slow
-@settings(relaxed, max_examples=5000)
+@settings(relaxed, max_examples=2000)
 @given(conversations)
 def test_thousands_of_conversations(openai_encoding, conversation):
     assert opening_ids(conversation) == their_prompt(openai_encoding, conversation, [])[:-2]
