@@ -21,7 +21,7 @@ from gptoss_ft.kernels import cpu_library
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.csv"
 COLUMNS = ("date", "commit", "machine", "command", "metric", "value", "unit")
-# By the beginning or the end of a metric's name.
+# By a part of a metric's name.
 UNITS = {
     "share": "1",
     "speedup": "x",
@@ -67,7 +67,7 @@ def append(command: str, metrics: dict[str, float]) -> None:
 
 def unit(metric: str) -> str:
     """The unit that a metric's name implies; the longest match wins, as in tokens_per_s."""
-    matches = [part for part in UNITS if metric.startswith(part) or metric.endswith(part)]
+    matches = [part for part in UNITS if metric.startswith(part) or metric.endswith(part) or f"_{part}_" in metric]
     if not matches:
         raise SystemExit(f"{metric} has no unit: name it, or add one to UNITS")
     return UNITS[max(matches, key=len)]
