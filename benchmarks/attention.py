@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from types import SimpleNamespace
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from gemm import measure, peak_gflops
+from gemm import peak_gflops
 from torch import Tensor
 
 from gptoss_ft.kernels import cpu_attention, cpu_library
@@ -95,13 +96,20 @@ def time_of_ours(T: int, window: int | None, isa: str, args: argparse.Namespace)
     times: list[tuple[float, ...]] = []
     for _ in range(args.rounds):
         peak = peak_gflops(isa, args.threads)
-        forward, _ = measure(lambda: cpu_attention.sink_attention_forward(*given, **settings), args.threads)
-        backward, _ = measure(
+        forward = measure(lambda: cpu_attention.sink_attention_forward(*given, **settings), args.threads)
+        backward = measure(
             lambda: cpu_attention.sink_attention_backward(d_out, *given, out, lse, **settings), args.threads
         )
         times.append((forward, backward, peak))
     forward, backward, peak = (statistics.median(column) for column in zip(*times, strict=True))
     return forward, backward, peak
+
+
+def measure(run: Callable[[], object], threads: int) -> float:
+    """Seconds of processor time over threads."""
+    start = time.process_time()
+    run()
+    return (time.process_time() - start) / threads
 
 
 def time_of_eager(T: int, threads: int) -> float:
@@ -117,7 +125,7 @@ def time_of_eager(T: int, threads: int) -> float:
         out, _ = eager_attention_forward(module, *qkv, mask, SCALING)
         return torch.autograd.grad(out, (*qkv, sinks), d_out)
 
-    return measure(run, threads)[0]
+    return measure(run, threads)
 
 
 def speed_of_one_query(S: int, threads: int) -> float:
@@ -127,7 +135,7 @@ def speed_of_one_query(S: int, threads: int) -> float:
         *given, scaling=SCALING, window=None, documents_BS=None
     )
     run()
-    seconds = statistics.median(measure(run, threads)[0] for _ in range(20))
+    seconds = statistics.median(measure(run, threads) for _ in range(20))
     return 1e-9 * sum(tensor.nbytes for tensor in (k, v)) / seconds
 
 

@@ -27,8 +27,8 @@ PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 PROBE = """
 import json, torch
 from gptoss_ft.kernels import cases, dispatch
-draw = cases.Draw(torch.device("cpu"), torch.bfloat16)
-calls = [operation.case.call(draw, cases.AWKWARD) for operation in dispatch.OPERATIONS]
+draws = [cases.Draw(torch.device("cpu"), operation.dtypes[0]) for operation in dispatch.OPERATIONS]
+calls = [op.case.call(draw, cases.AWKWARD) for op, draw in zip(dispatch.OPERATIONS, draws, strict=True)]
 choices = [op.choose(*call.args, **call.kwargs) for op, call in zip(dispatch.OPERATIONS, calls, strict=True)]
 print(json.dumps([(choice.implementation, choice.refused) for choice in choices]))
 """
