@@ -1,6 +1,7 @@
 """From a finished run to a folder that a server loads."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -17,10 +18,19 @@ from gptoss_ft.export.calibrate import Calibration
 from gptoss_ft.export.fingerprint import check_fingerprint
 from gptoss_ft.export.gguf_adapter import export_adapter_gguf
 from gptoss_ft.export.merge import MergeFormat, merge
+from gptoss_ft.export.sglang_adapter import export_adapter_sglang
+from gptoss_ft.export.vllm_adapter import export_adapter_vllm, max_lora_rank
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.load import load_base
 from gptoss_ft.recipes.samples import split_samples
 from gptoss_ft.training.run_folder import RunFolder, write_json
+
+ADAPTER_FORMATS: dict[str, Callable[[Path, Path, Checkpoint], Path]] = {
+    "adapter": export_adapter,
+    "adapter_vllm": export_adapter_vllm,
+    "adapter_sglang": export_adapter_sglang,
+    "adapter_gguf": export_adapter_gguf,
+}
 
 
 def main(cfg: ExportCommand) -> Path:
@@ -52,10 +62,11 @@ def export_run(
     run = RunFolder(run_path)
     checkpoint = Checkpoint.open(base or config_of(run).model.path)
     check_fingerprint(run.path, checkpoint)
-    if format == "adapter":
-        return export_adapter(run.adapter, out, checkpoint)
-    if format == "adapter_gguf":
-        return export_adapter_gguf(run.adapter, out, checkpoint)
+    if format in ADAPTER_FORMATS:
+        ADAPTER_FORMATS[format](run.adapter, out, checkpoint)
+        if format == "adapter_vllm":
+            print(f"serve it with vllm serve BASE --enable-lora --max-lora-rank {max_lora_rank(out)}")
+        return out
     deltas = read_adapter(run.adapter, checkpoint.spec)
     calibrate = None if calibration_tokens is None else calibration(run, checkpoint, calibration_tokens)
     report = merge(checkpoint, deltas, out, format=cast(MergeFormat, format), calibrate=calibrate)

@@ -60,7 +60,20 @@ Schedule = StrEnum(
 )
 Optim = StrEnum("Optim", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"])
 Reporter = StrEnum("Reporter", ["none", "wandb", "tensorboard"])
-ExportFormat = StrEnum("ExportFormat", ["adapter", "adapter_gguf", "bf16", "mxfp4", "original", "gguf", "gguf_q8_0"])
+ExportFormat = StrEnum(
+    "ExportFormat",
+    [
+        "adapter",
+        "adapter_vllm",
+        "adapter_sglang",
+        "adapter_gguf",
+        "bf16",
+        "mxfp4",
+        "original",
+        "gguf",
+        "gguf_q8_0",
+    ],
+)
 Rounding = StrEnum("Rounding", ["nearest", "calibrated"])
 # Those that hold MXFP4 experts, whose updates are rounded to 4 bits.
 ROUNDED_FORMATS = (ExportFormat.mxfp4, ExportFormat.original, ExportFormat.gguf, ExportFormat.gguf_q8_0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptoss_ft.errors import UserError
@@ -55,8 +55,8 @@ def read_adapter(folder: Path, spec: GptOssSpec) -> dict[str, LowRankDelta]:
             understood).
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    pairs = _pair_factors(folder, _load_factors(folder / WEIGHTS_FILE))
+    config = read_config(folder)
+    pairs = _pair_factors(folder, load_factors(folder / WEIGHTS_FILE))
     shapes = weight_shapes(spec)
     deltas: dict[str, LowRankDelta] = {}
     for module, (up, down) in pairs.items():
@@ -82,7 +82,37 @@ def export_adapter(folder: Path, out: Path, base: Checkpoint) -> Path:
     return Path(out)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def write_as_peft(deltas: Mapping[str, LowRankDelta], folder: Path) -> None:
+    """Write updates, all of one rank and scaling, into `folder` as an adapter that stock PEFT loads."""
+    tensors: dict[str, Tensor] = {}
+    modules, parameters = [], []
+    for name, delta in deltas.items():
+        down, up, module = delta.A, delta.B, name.removesuffix(".weight")
+        suffix = module.removeprefix("model.")
+        if down.dim() == 3:
+            parameters.append(suffix)
+            module = module.rpartition(".")[0]
+            if name.endswith("gate_up_proj") and f"{module}.down_proj" in deltas:
+                module += ".base_layer"
+            down, up = down.flatten(0, 1), up.permute(1, 2, 0).flatten(1, 2)
+        else:
+            modules.append(suffix)
+        for factor, tensor in (("A", down), ("B", up)):
+            tensors[f"base_model.model.{module}.lora_{factor}.weight"] = tensor.contiguous()
+    delta = next(iter(deltas.values()))
+    rank = delta.A.shape[-2]
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": delta.scaling * rank}
+    config |= {"target_modules": modules, "target_parameters": parameters or None, "task_type": "CAUSAL_LM"}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of plain LoRA.
+
+    Raises:
+        UserError: if it, or the file of weights, is missing or damaged, or asks for more than plain LoRA.
+    """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: give the folder of a PEFT adapter saved with safetensors")
@@ -108,7 +138,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _load_factors(file: Path) -> dict[str, Tensor]:
+def load_factors(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
     try:
         return load_file(file)
     except SafetensorError as error:

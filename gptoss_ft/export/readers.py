@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,8 @@ from transformers import GptOssForCausalLM, Mxfp4Config
 from transformers.utils import logging
 
 from gptoss_ft.errors import UserError
+from gptoss_ft.export.adapter import write_as_peft
+from gptoss_ft.export.sglang_adapter import read_adapter_sglang
 from gptoss_ft.files import GB
 from gptoss_ft.model import layouts
 from gptoss_ft.model.checkpoint import Checkpoint
@@ -86,6 +89,17 @@ def open_with_peft(base: Path, adapter: Path) -> Reader:
     else:
         dense = _load_stock(base)
     return transformers_reader(PeftModel.from_pretrained(dense, str(adapter)).eval())
+
+
+def open_sglang_adapter_with_peft(base: Path, export: Path) -> Reader:
+    """Stock PEFT on the factors of an adapter for SGLang, brought into PEFT's layout in a temporary folder.
+
+    Raises:
+        NotRun: if the memory does not suffice.
+    """
+    with TemporaryDirectory() as folder:
+        write_as_peft(read_adapter_sglang(export, Checkpoint.open(base).spec), Path(folder))
+        return open_with_peft(base, Path(folder))
 
 
 def open_with_gpt_oss(folder: Path) -> Reader:

@@ -43,6 +43,9 @@ LLAMA_CPP_NOISE = 3e-2
 # alone: rounding to nearest then wrote the base again, a loss of 100 %. llama.cpp's arithmetic lost 0.04 % of adapters.
 LOST_SHARE = {"bf16": 0.05, **dict.fromkeys(("mxfp4", "original", "gguf", "gguf_q8_0"), 0.5), "adapter_gguf": 0.25}
 
+# Adapters that a program in fp32 opened.
+EXACT_ADAPTERS = ("adapter", "adapter_sglang")
+
 SERVE_ADAPTER = "serve the adapter beside the base (format=adapter), which loses nothing"
 PACKED_CURE = f"{SERVE_ADAPTER}, export format=bf16, or train adapter.targets=attention, which stays bf16 in it"
 GGUF_CURE = "serve the adapter beside the base (format=adapter_gguf), or train adapter.targets=attention"
@@ -135,7 +138,7 @@ class VerifyReport:
         if effect == 0:
             return ["the adapter changes nothing on these rows, so that the export keeps it says little"]
         noise = max((reading.noise for reading in self.readings), default=ARITHMETIC_NOISE)
-        if self.format != "adapter" and effect <= noise:
+        if self.format not in EXACT_ADAPTERS and effect <= noise:
             return [
                 f"the training moves the logits by {effect:.1e}, less than the arithmetic of servers does "
                 f"({noise:.0e}): whether the export keeps that much cannot be told"
@@ -228,7 +231,7 @@ class VerifyReport:
 
     def _lost_training(self) -> list[str]:
         """The first fault that another program's logits show; one says it all, as the programs agree or are named."""
-        judge = self._adapter_fault if self.format == "adapter" else self._merge_fault
+        judge = self._adapter_fault if self.format in EXACT_ADAPTERS else self._merge_fault
         return [fault for reading in self._independent if (fault := judge(reading))][:1]
 
     def _unproven(self) -> list[str]:

@@ -30,18 +30,20 @@ from gptoss_ft.export.readers import (
     NotRun,
     Reader,
     load_in_fp32,
+    open_sglang_adapter_with_peft,
     open_with_gpt_oss,
     open_with_gptoss_ft,
     open_with_peft,
     open_with_transformers,
     transformers_reader,
 )
+from gptoss_ft.export.sglang_adapter import is_adapter_sglang, read_adapter_sglang
 from gptoss_ft.export.verdict import ARITHMETIC_NOISE, LLAMA_CPP_NOISE, Reading, VerifyReport, WeightCheck
 from gptoss_ft.export.weights import checkpoint_distances, delta_distances
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.spec import ORIGINAL_KEYS
 
-Format = Literal["adapter", "adapter_gguf", "bf16", "mxfp4", "original", "gguf", "gguf_q8_0"]
+Format = Literal["adapter", "adapter_sglang", "adapter_gguf", "bf16", "mxfp4", "original", "gguf", "gguf_q8_0"]
 Contents = Mapping[str, LowRankDelta] | Checkpoint | GgufModel
 LLAMA_CPP = "llama-cpp-python"
 # What a server needs beside the weights in HF names; an export has each that its base has.
@@ -105,6 +107,8 @@ def open_export(base: Checkpoint, export: Path) -> tuple[Format, Contents]:
     Raises:
         UserError: naming the file, key, tensor or size at fault.
     """
+    if is_adapter_sglang(export):
+        return "adapter_sglang", read_adapter_sglang(export, base.spec)
     if (export / CONFIG_FILE).is_file():
         return "adapter", read_adapter(export, base.spec)
     if (export / ADAPTER_FILE).is_file():
@@ -227,6 +231,8 @@ def _readers(base: Path, export: Path, format: Format) -> list[tuple[str, Callab
     match format:
         case "adapter":
             return [("peft", lambda: open_with_peft(base, export)), ("gpt-oss", _no_adapters)]
+        case "adapter_sglang":
+            return [("peft", lambda: open_sglang_adapter_with_peft(base, export)), ("sglang", _no_gpu)]
         case "adapter_gguf":
             return [(LLAMA_CPP, lambda: open_adapter_with_llama_cpp(base, export / ADAPTER_FILE))]
         case "gguf" | "gguf_q8_0":
@@ -240,6 +246,10 @@ def _readers(base: Path, export: Path, format: Format) -> list[tuple[str, Callab
 
 def _no_adapters() -> Reader:
     raise NotRun("it does not read adapters")
+
+
+def _no_gpu() -> Reader:
+    raise NotRun("it needs a GPU; PEFT computed with the factors that its loader makes of the file")
 
 
 def _bar(program: str, num_readings: int, progress: bool) -> tqdm:

@@ -50,10 +50,21 @@ def write_shards(
         weight_map = {tensor: file for file, shard in zip(names, shards, strict=True) for tensor, _, _ in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
+    with _bar(total, progress) as bar:
         for file, shard in zip(names, shards, strict=True):
             _write_file(folder / file, shard, metadata, bar)
     return [folder / file for file in names]
+
+
+def write_safetensors(path: Path, tensors: list[Entry], *, progress: bool = False) -> None:
+    """Write `tensors` to one file, large and aligned ones first."""
+    (ordered,) = _split(tensors, float("inf"))
+    with _bar(sum(spec.nbytes for _, spec, _ in ordered), progress) as bar:
+        _write_file(path, ordered, {"format": "pt"}, bar)
+
+
+def _bar(total: int, progress: bool) -> tqdm:
+    return tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress)
 
 
 def _split(tensors: list[Entry], max_shard_bytes: float) -> list[list[Entry]]:

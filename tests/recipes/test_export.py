@@ -100,6 +100,8 @@ def test_a_folder_has_one_record_however_it_is_spelled(run, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("format", "files"),
     [
+        ("adapter_vllm", ["adapter_config.json", "adapter_model.safetensors"]),
+        ("adapter_sglang", ["adapter_config.json", "adapter_model.safetensors"]),
         ("adapter_gguf", ["adapter.gguf"]),
         ("original", ["config.json", "model.safetensors"]),
         ("gguf", ["model.gguf"]),
@@ -109,12 +111,14 @@ def test_a_folder_has_one_record_however_it_is_spelled(run, tmp_path, monkeypatc
 def test_a_format_is_its_files_and_its_record(run, tmp_path, format, files, capsys):
     assert main(["export", f"run={run}", f"format={format}", f"out={tmp_path / 'out'}"]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
-    assert "written anew" in capsys.readouterr().out or format == "adapter_gguf"
+    printed = capsys.readouterr().out
+    assert "written anew" in printed or format.startswith("adapter")
+    assert ("--enable-lora --max-lora-rank 8" in printed) == (format == "adapter_vllm")
     records = [json.loads(path.read_text()) for path in run.glob("merge-*.json")]
-    assert [record["format"] for record in records] == ([format] if format != "adapter_gguf" else [])
+    assert [record["format"] for record in records] == ([] if format.startswith("adapter") else [format])
 
 
-@pytest.mark.parametrize("format", ["adapter", "adapter_gguf", "mxfp4", "original", "gguf"])
+@pytest.mark.parametrize("format", ["adapter", "adapter_vllm", "adapter_sglang", "adapter_gguf", "mxfp4", "gguf"])
 def test_a_truncated_adapter_is_an_error_of_one_line(run, tmp_path, capsys, format):
     weights = run / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])
