@@ -20,6 +20,7 @@ from gptoss_ft.errors import UserError
 from gptoss_ft.export.deltas import LowRankDelta, check_deltas, weight_shapes
 from gptoss_ft.files import whole_folder
 from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.manifest import Manifest
 from gptoss_ft.model.spec import GptOssSpec
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -79,6 +80,7 @@ def export_adapter(folder: Path, out: Path, base: Checkpoint) -> Path:
     with whole_folder(out, num_bytes=sum(file.stat().st_size for file in files)) as copy:
         for file in files:
             shutil.copyfile(file, copy / file.name)
+        Manifest(copy).write("adapter")
     return Path(out)
 
 

@@ -22,6 +22,7 @@ from gptoss_ft.export.gguf_model import write_tensors
 from gptoss_ft.export.gguf_read import open_gguf
 from gptoss_ft.files import whole_folder
 from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.manifest import Manifest
 from gptoss_ft.model.shards import Producer
 from gptoss_ft.model.spec import GptOssSpec
 
@@ -38,11 +39,13 @@ def export_adapter_gguf(folder: Path, out: Path, base: Checkpoint, *, progress: 
     alpha = max(delta.scaling * delta.A.shape[-2] for delta in deltas.values()) or 1.0
     entries = list(_entries(base.spec, deltas, alpha))
     with whole_folder(out, num_bytes=sum(tensor.nbytes for tensor, _ in entries)) as whole:
+        manifest = Manifest(whole)
         writer = GGUFWriter(whole / ADAPTER_FILE, ARCHITECTURE)
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
-        write_tensors(writer, entries, progress=progress)
+        write_tensors(manifest.open(whole / ADAPTER_FILE), writer, entries, progress=progress)
+        manifest.write("adapter_gguf")
     return Path(out)
 
 

@@ -3,10 +3,12 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
+from io import BufferedWriter
 from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.gguf_writer import WriterState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +24,7 @@ CHUNK_ROWS = 1024
 
 
 def write_model(
-    file: Path, weights: MergedWeights, format: GgufFormat, tokenizer: Path, *, progress: bool = True
+    file: BufferedWriter, weights: MergedWeights, format: GgufFormat, tokenizer: Path, *, progress: bool = True
 ) -> None:
     """Write every weight to `file`; the experts' MXFP4 numbers keep their bits.
 
@@ -35,25 +37,28 @@ def write_model(
     Raises:
         UserError: if the tokenizer or a scale is none that llama.cpp can read.
     """
-    writer = GGUFWriter(file, ARCHITECTURE)
+    writer = GGUFWriter(file.name, ARCHITECTURE)
     add_metadata(writer, weights.base.spec, tokenizer)
     entries: list[tuple[GgufTensor, Producer]] = []
     for name, tensors in gguf_tensors(weights.base.spec, format).items():
         entries += zip(tensors, _producers(weights, name, tensors), strict=True)
-    write_tensors(writer, entries, progress=progress)
+    write_tensors(file, writer, entries, progress=progress)
 
 
-def write_tensors(writer: GGUFWriter, entries: list[tuple[GgufTensor, Producer]], *, progress: bool) -> None:
-    """Write the head, then every tensor's pieces, and close the file."""
+def write_tensors(
+    file: BufferedWriter, writer: GGUFWriter, entries: list[tuple[GgufTensor, Producer]], *, progress: bool
+) -> None:
+    """Write the head, then every tensor's pieces, into an empty file, and close it."""
     for tensor, _ in entries:
         # The dtype counts for tensors without a type, and uint8 for shapes in bytes: neither is the case.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
+    # It would open the file itself.
+    writer.fout, writer.state = [file], WriterState.EMPTY
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         # The writer's own methods take whole tensors.
-        (file,) = writer.fout or []
         total = sum(tensor.nbytes for tensor, _ in entries)
         with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
             for tensor, produce in entries:

@@ -15,6 +15,7 @@ from gptoss_ft.export.gguf_model import write_model
 from gptoss_ft.export.merged import Calibrate, MergedWeights, row_workers
 from gptoss_ft.files import whole_folder
 from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.manifest import Manifest
 from gptoss_ft.model.shards import write_shards
 from gptoss_ft.model.spec import QUANTIZATION_CONFIG, SPECS, Layout, config_as_text
 from gptoss_ft.model.tokenizer import TOKENIZER_FILES, write_tokenizer_files
@@ -102,11 +103,12 @@ def merge(
     if format == "gguf" or format == "gguf_q8_0":
         return _merge_gguf(base, deltas, out, format, calibrate, progress)
     with whole_folder(out, num_bytes=base.spec.num_bytes(format)) as folder, row_workers() as pool:
-        weights = MergedWeights(base, deltas, pool, calibrate)
+        weights, manifest = MergedWeights(base, deltas, pool, calibrate), Manifest(folder)
         (folder / "config.json").write_bytes(_config(base, format))
         if format != "original":
             copy_tokenizer(base, folder)
-        write_shards(folder, weights.entries(format), progress=progress)
+        write_shards(folder, weights.entries(format), open_file=manifest.open, progress=progress)
+        manifest.write(format)
     num_copied = sum(map(weights.is_copied, base.spec.tensors("bf16" if format == "bf16" else "mxfp4")))
     return MergeReport(format, weights.updates, num_copied, weights.num_calibrated, weights.num_nearest)
 
@@ -132,9 +134,10 @@ def _merge_gguf(
     tensors = gguf_tensors(base.spec, format)
     num_bytes = sum(part.nbytes for parts in tensors.values() for part in parts)
     with whole_folder(out, num_bytes=num_bytes) as folder, row_workers() as pool, TemporaryDirectory() as tokenizer:
-        weights = MergedWeights(base, deltas, pool, calibrate)
+        weights, manifest = MergedWeights(base, deltas, pool, calibrate), Manifest(folder)
         copy_tokenizer(base, Path(tokenizer))
-        write_model(folder / MODEL_FILE, weights, format, Path(tokenizer), progress=progress)
+        write_model(manifest.open(folder / MODEL_FILE), weights, format, Path(tokenizer), progress=progress)
+        manifest.write(format)
     rounded = {GGMLQuantizationType.Q8_0} | ({GGMLQuantizationType.MXFP4} if base.layout == "bf16" else set())
     num_copied = sum(name not in deltas and parts[0].type not in rounded for name, parts in tensors.items())
     return MergeReport(format, weights.updates, num_copied, weights.num_calibrated, weights.num_nearest)

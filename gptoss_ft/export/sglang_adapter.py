@@ -27,6 +27,7 @@ from gptoss_ft.export.adapter import CONFIG_FILE, WEIGHTS_FILE, load_factors, re
 from gptoss_ft.export.deltas import LowRankDelta, check_deltas, weight_shapes
 from gptoss_ft.files import whole_folder
 from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.manifest import Manifest
 from gptoss_ft.model.shards import Entry, write_safetensors
 from gptoss_ft.model.spec import GptOssSpec, TensorSpec
 
@@ -60,6 +61,7 @@ def export_adapter_sglang(folder: Path, out: Path, base: Checkpoint, *, progress
         write_safetensors(whole / WEIGHTS_FILE, entries, progress=progress)
         config = _config(read_config(folder), deltas, rank, scaling * rank)
         (whole / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        Manifest(whole).write("adapter_sglang")
     return Path(out)
 
 

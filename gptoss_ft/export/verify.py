@@ -41,6 +41,7 @@ from gptoss_ft.export.sglang_adapter import is_adapter_sglang, read_adapter_sgla
 from gptoss_ft.export.verdict import ARITHMETIC_NOISE, LLAMA_CPP_NOISE, Reading, VerifyReport, WeightCheck
 from gptoss_ft.export.weights import checkpoint_distances, delta_distances
 from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.manifest import check_hashes
 from gptoss_ft.model.spec import ORIGINAL_KEYS
 
 Format = Literal["adapter", "adapter_sglang", "adapter_gguf", "bf16", "mxfp4", "original", "gguf", "gguf_q8_0"]
@@ -84,6 +85,7 @@ def verify_export(
             suffice for the trained model.
     """
     base_checkpoint = Checkpoint.open(base)
+    check_hashes(export, progress=progress)
     format, contents = open_export(base_checkpoint, export)
     excerpts = select_positions(samples, max_tokens)
     weights = check_weights(base_checkpoint, adapter, contents, progress)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptoss_ft.errors import UserError
 from gptoss_ft.model import layouts
+from gptoss_ft.model.manifest import check_sizes
 from gptoss_ft.model.shards import INDEX_FILE, SAFETENSORS_DTYPES
 from gptoss_ft.model.spec import GptOssSpec, Layout, TensorSpec
 
@@ -53,13 +54,15 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path | str) -> "Checkpoint":
-        """Read config.json and the safetensors headers in `path`, and nothing else.
+        """Read config.json and the safetensors headers in `path`, and an export's manifest.json, and nothing else.
 
         Raises:
-            UserError: if the folder is not a whole gpt-oss checkpoint: names the file and the tensors at fault.
+            UserError: if the folder is not a whole gpt-oss checkpoint: names the file and the tensors at fault. If a
+                file of an export has another size than when it was written.
         """
         path = Path(path)
         config = _read_config(path)
+        check_sizes(path)
         layout, spec = _identify(config, str(path / "config.json"))
         stored = _read_headers(path)
         _check_tensors(path, stored, spec.tensors(layout), layout)

@@ -24,12 +24,17 @@ Producer = Callable[[], Iterable[Tensor | bytes]]
 Entry = tuple[str, TensorSpec, Producer]
 
 
+def _new_file(path: Path) -> BinaryIO:
+    return path.open("wb")
+
+
 def write_shards(
     folder: Path,
     tensors: Iterable[Entry],
     *,
     max_shard_bytes: float = 4.8e9,
     metadata: dict[str, str] | None = None,
+    open_file: Callable[[Path], BinaryIO] = _new_file,
     progress: bool = False,
 ) -> list[Path]:
     """Write `tensors` to `model.safetensors`, or to shards with an index where they exceed `max_shard_bytes`.
@@ -37,6 +42,9 @@ def write_shards(
     Shards are numbered from zero up to the last one's number, as OpenAI published them. Producers are called one
     after another; within a shard those whose size is no multiple of 64 bytes come last, which keeps the large
     tensors aligned for memory mapping.
+
+    Args:
+        open_file: gives the new file at a path; it is written from the start to the end.
 
     Returns:
         The files written, without the index.
@@ -52,7 +60,7 @@ def write_shards(
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     with _bar(total, progress) as bar:
         for file, shard in zip(names, shards, strict=True):
-            _write_file(folder / file, shard, metadata, bar)
+            _write_file(open_file(folder / file), shard, metadata, bar)
     return [folder / file for file in names]
 
 
@@ -60,7 +68,7 @@ def write_safetensors(path: Path, tensors: list[Entry], *, progress: bool = Fals
     """Write `tensors` to one file, large and aligned ones first."""
     (ordered,) = _split(tensors, float("inf"))
     with _bar(sum(spec.nbytes for _, spec, _ in ordered), progress) as bar:
-        _write_file(path, ordered, {"format": "pt"}, bar)
+        _write_file(_new_file(path), ordered, {"format": "pt"}, bar)
 
 
 def _bar(total: int, progress: bool) -> tqdm:
@@ -80,8 +88,8 @@ def _split(tensors: list[Entry], max_shard_bytes: float) -> list[list[Entry]]:
     return [sorted(shard, key=lambda entry: entry[1].nbytes % 64 != 0) for shard in shards]
 
 
-def _write_file(path: Path, tensors: list[Entry], metadata: dict[str, str], bar: tqdm) -> None:
-    with path.open("wb") as file:
+def _write_file(file: BinaryIO, tensors: list[Entry], metadata: dict[str, str], bar: tqdm) -> None:
+    with file:
         file.write(_header(tensors, metadata))
         for name, spec, produce in tensors:
             written = sum(write_pieces(file, produce(), bar))

@@ -153,6 +153,9 @@ def test_verify_reads_it_back(peer, tmp_path):
     name = "base_model.model.model.layers.1.mlp.experts.gate_up_proj.lora_B.weight"
     tensors[name] = torch.stack(tensors[name].chunk(2, dim=1), dim=2).flatten(1, 2)
     save_file(tensors, file)
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors has"):
+        verify_export(export=out, progress=False, **options)
+    (out / "manifest.json").unlink()
     report = verify_export(export=out, progress=False, **options)
     assert report.verdict == "FAILED" and "layers.1.mlp.experts.gate_up_proj" in report.failures[0]
 

@@ -1,6 +1,7 @@
 """Exports opened by transformers, PEFT and OpenAI's reference implementation: good ones pass, damaged ones do not."""
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -242,6 +243,8 @@ def damaged(exports, format, damage, out):
     tensors = load_file(file)
     damage(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    # Else its hash would tell before anything is compared.
+    (out / "manifest.json").unlink()
     return out
 
 
@@ -276,6 +279,7 @@ def flip_byte(file, tensor, number):
     content = bytearray(file.read_bytes())
     content[found.data_offset + number] ^= 0x40
     file.write_bytes(content)
+    (file.parent / "manifest.json").unlink()
 
 
 @pytest.mark.parametrize("format", ["gguf", "gguf_q8_0"])
@@ -294,6 +298,22 @@ def test_one_damaged_byte_of_a_gguf_adapter_fails(wide, exports, tmp_path):
     flip_byte(export / "adapter.gguf", "blk.1.ffn_up_exps.weight.lora_b", 3)
     report = wide.verify(export)
     assert report.verdict == "FAILED" and "layers.1.mlp.experts.gate_up_proj" in report.failures[0]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_changed_or_shortened_file_is_named_by_its_hash(wide, exports, tmp_path, format):
+    for path in exports[format].iterdir():
+        if path.name == "manifest.json":
+            continue
+        export = shutil.copytree(exports[format], tmp_path / path.name)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        (export / path.name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{re.escape(path.name)} has another sha256 than in manifest\.json"):
+            wide.verify(export)
+        (export / path.name).write_bytes(content[:-1])
+        with pytest.raises(UserError, match=rf"{re.escape(path.name)} has {len(content) - 1} bytes where manifest"):
+            wide.verify(export)
 
 
 def swap_adapter_rows(tensors):

@@ -110,7 +110,7 @@ def test_a_folder_has_one_record_however_it_is_spelled(run, tmp_path, monkeypatc
 )
 def test_a_format_is_its_files_and_its_record(run, tmp_path, format, files, capsys):
     assert main(["export", f"run={run}", f"format={format}", f"out={tmp_path / 'out'}"]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*files, "manifest.json"])
     printed = capsys.readouterr().out
     assert "written anew" in printed or format.startswith("adapter")
     assert ("--enable-lora --max-lora-rank 8" in printed) == (format == "adapter_vllm")

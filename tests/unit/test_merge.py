@@ -147,7 +147,8 @@ def test_updates_reach_the_stacked_rows_of_the_original_layout(base, tmp_path):
     assert found.layout == "original"
     for name in wanted.names():
         assert torch.equal(found.tensor(name), wanted.tensor(name)), name
-    assert sorted(path.name for path in (tmp_path / "original").iterdir()) == ["config.json", "model.safetensors"]
+    files = sorted(path.name for path in (tmp_path / "original").iterdir())
+    assert files == ["config.json", "manifest.json", "model.safetensors"]
 
 
 def test_no_update_at_all_is_a_copy(base, tmp_path):
@@ -365,6 +366,7 @@ def test_exporting_an_adapter_copies_what_serves_it(bases, peft_adapter, tmp_pat
     (folder / "optimizer.pt").write_text("not needed to serve")
     assert export_adapter(folder, tmp_path / "out", bases["mxfp4"]) == tmp_path / "out"
     copied = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert copied.pop("manifest.json")
     assert copied.keys() == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert all((folder / name).read_bytes() == data for name, data in copied.items())
 

@@ -1,0 +1,97 @@
+"""Seconds and memory of a merge of gpt-oss-20b's shape with every expert trained, through `gptoss-ft export`'s merge.
+
+    python benchmarks/merge_20b.py [--format mxfp4] [--base DIR] [--out DIR] [--layers 24] [--rank 8] [--json]
+
+Random weights, and a random adapter on attention and every expert of all layers. The base checkpoint is written to
+`--base` if it is not there (13.8 GB); what was merged is removed again (13.8 GB, as `bf16` 41.8 GB). Rounding is to
+nearest.
+
+    seconds         merging and writing, by the clock, with the hashes in manifest.json
+    private_gb      most anonymous memory the process held: the adapter, and what is being merged
+    adapter_gb      the adapter's factors
+    out_gb          what was written
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from step_20b import anonymous_bytes, most
+
+from gptoss_ft.adapters.attach import Targets, attach_adapters
+from gptoss_ft.adapters.save import save_adapter
+from gptoss_ft.export.adapter import read_adapter
+from gptoss_ft.export.merge import MergeFormat, merge
+from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.init import init_checkpoint
+from gptoss_ft.model.load import load_base
+from gptoss_ft.model.spec import SPECS
+
+FORMATS = ("mxfp4", "bf16", "original", "gguf", "gguf_q8_0")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", choices=FORMATS, default="mxfp4")
+    parser.add_argument("--base", type=Path, default=Path("runs/base_20b"), help="checkpoint, written if missing")
+    parser.add_argument("--out", type=Path, default=Path("runs/merge_20b"), help="folder for what is merged")
+    parser.add_argument("--layers", type=int, default=24, help="of a base that is written; fewer make a quicker look")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--json", action="store_true", help="print one line of JSON last")
+    args = parser.parse_args()
+
+    if not args.base.exists():
+        init_checkpoint(replace(SPECS["gpt_oss_20b"], num_hidden_layers=args.layers), args.base)
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = Path(folder, "adapter")
+        # In a process of its own: the model would count here.
+        maker = get_context("spawn").Process(target=make_adapter, args=(args.base, adapter, args.rank))
+        maker.start()
+        maker.join()
+        result = measure(args.base, adapter, args.out, args.format)
+    for name, value in result.items():
+        print(f"{name:16} {value:.4g}")
+    if args.json:
+        print(json.dumps({name: round(value, 4) for name, value in result.items()}))
+
+
+def make_adapter(base: Path, out: Path, rank: int) -> None:
+    """An adapter of random factors on everything but the router."""
+    spec = Checkpoint.open(base).spec
+    targets = Targets.parse(["all"], num_layers=spec.num_hidden_layers, num_experts=spec.num_local_experts)
+    model, _ = attach_adapters(load_base(base), targets, r=rank, alpha=2 * rank)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.002)
+    save_adapter(model, out)
+
+
+def measure(base: Path, adapter: Path, out: Path, format: MergeFormat) -> dict[str, float]:
+    with most(anonymous_bytes) as private:
+        checkpoint = Checkpoint.open(base)
+        deltas = read_adapter(adapter, checkpoint.spec)
+        start = time.perf_counter()
+        try:
+            print(merge(checkpoint, deltas, out, format=format))
+            seconds = time.perf_counter() - start
+            num_bytes = sum(file.stat().st_size for file in out.iterdir())
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+    factors = sum(delta.A.nbytes + delta.B.nbytes for delta in deltas.values())
+    return {
+        "seconds": seconds,
+        "private_gb": private() / 1e9,
+        "adapter_gb": factors / 1e9,
+        "out_gb": num_bytes / 1e9,
+    }
+
+
+if __name__ == "__main__":
+    main()
