@@ -116,6 +116,16 @@ def data_preview(words: list[str]) -> int:
     return 0
 
 
+def data_clear(words: list[str]) -> int:
+    from gptoss_ft.config.load import load_command
+
+    cfg = load_command(schema.DataClearCommand, words)
+    from gptoss_ft.recipes import data
+
+    print(data.clear(cfg))
+    return 0
+
+
 COMMANDS = {
     "init": Command(
         init,
@@ -169,6 +179,12 @@ COMMANDS = {
         schema.DataPreviewCommand,
         "show samples token by token, in the terminal or as a web page",
         ("gptoss-ft data preview path=rows.jsonl count=3", "gptoss-ft data preview path=rows.jsonl out=preview.html"),
+    ),
+    "data clear": Command(
+        data_clear,
+        schema.DataClearCommand,
+        "remove the compiled samples that are kept between runs",
+        ("gptoss-ft data clear", "gptoss-ft data clear days=7"),
     ),
 }
 # First words of the commands that have two.

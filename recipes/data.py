@@ -7,12 +7,18 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from gptoss_ft.config.schema import DataCheckCommand, DataPreviewCommand, DataRenderCommand, RowsConfig
+from gptoss_ft.config.schema import (
+    DataCheckCommand,
+    DataClearCommand,
+    DataPreviewCommand,
+    DataRenderCommand,
+    RowsConfig,
+)
 from gptoss_ft.data.check import CheckReport
-from gptoss_ft.data.dataset import sample_of
 from gptoss_ft.data.html_preview import preview_page
 from gptoss_ft.data.measure import measure
 from gptoss_ft.data.rows import Row, map_rows
+from gptoss_ft.data.sample import sample_of
 from gptoss_ft.data.skipped import SkippedRows
 from gptoss_ft.data.spans import tokens_text
 from gptoss_ft.data.terminal import show_sample
@@ -76,6 +82,14 @@ def preview(cfg: DataPreviewCommand) -> None:
         return
     write_whole(cfg.out, preview_page(samples, max_length=cfg.max_length))
     print(cfg.out)
+
+
+def clear(cfg: DataClearCommand) -> str:
+    """Run `gptoss-ft data clear`; returns what was done. Runs that use the samples meanwhile keep them."""
+    from gptoss_ft.data.cache import default_folder, remove_unused
+
+    folder = Path(cfg.cache_dir) if cfg.cache_dir else default_folder()
+    return f"{folder}: {remove_unused(folder, days=cfg.days) / 1e6:.1f} MB freed"
 
 
 def _generations(cfg: RowsConfig, skipped: SkippedRows) -> Iterator[tuple[Row[list[Generation]], Generation]]:

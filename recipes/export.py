@@ -94,15 +94,17 @@ def calibration_samples(cfg: TrainConfig, num_tokens: int) -> list[list[int]]:
         if fault := rows_fault(path):
             raise UserError(f"{path}: {fault}; rounding=calibrated needs the run's training rows where they were")
     train, _, _ = split_samples(replace(cfg.data, eval_path=None), cfg.seed)
-    Random(cfg.seed).shuffle(train)
+    order = list(range(len(train)))
+    Random(cfg.seed).shuffle(order)
+    lengths = train.lengths
     chosen: list[list[int]] = []
     remaining = num_tokens
-    for sample in train:
-        if len(sample.input_ids) <= remaining:
-            chosen.append(sample.input_ids)
-            remaining -= len(sample.input_ids)
+    for place in order:
+        if lengths[place] <= remaining:
+            chosen.append(train[place].input_ids)
+            remaining -= len(chosen[-1])
     if not chosen:
-        shortest = min(len(sample.input_ids) for sample in train)
+        shortest = lengths.min()
         raise UserError(f"the shortest training sample has {shortest} tokens: set calibration_tokens to that at least")
     return chosen
 

@@ -1,15 +1,16 @@
 """The samples that a run trains on and those that it holds out, by the data section of its config."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from gptoss_ft.config.schema import DataConfig, RowsConfig
-from gptoss_ft.data.cache import cached
-from gptoss_ft.data.dataset import CompiledSamples, Sample, compile_samples, split_rows
+from gptoss_ft.data.cache import cached, writable_folder
+from gptoss_ft.data.dataset import CompiledSamples, compile_samples, split_rows
 from gptoss_ft.data.mixture import mix
 from gptoss_ft.data.rows import OnError, RowSettings
+from gptoss_ft.data.sample_table import SampleTable
 from gptoss_ft.data.skipped import SkippedRows
 from gptoss_ft.harmony.conversation import BuiltinTool, Conversation, ReasoningEffort
 from gptoss_ft.harmony.weights import LossPolicy, LossRules, MissingReasoning
@@ -28,22 +29,27 @@ def compile_rows(
         UserError: naming file and line, if a row cannot be used; or if no sample is left.
     """
     settings, rules = row_settings(cfg), loss_rules(cfg)
+    skipped = SkippedRows() if skipped is None else skipped
+    announce: Callable[[str], object] = print if verbose else lambda text: None
 
-    def compile() -> CompiledSamples:
+    def compile(out: Path | None) -> CompiledSamples:
         return compile_samples(
             paths,
             rows=settings,
             rules=rules,
             max_length=cfg.max_length,
+            out=out,
             skipped=skipped,
-            announce=print if verbose else lambda text: None,
+            announce=announce,
             progress=verbose,
         )
 
-    if cfg.cache_dir is None:
-        return compile()
+    if not cfg.cache:
+        return compile(None)
     # Any number of processes gives the same samples.
-    return cached(cfg.cache_dir, paths, (replace(settings, num_processes=0), rules, cfg.max_length), compile)
+    of_samples = (replace(settings, num_processes=0), rules, cfg.max_length)
+    folder = writable_folder(cfg.cache_dir)
+    return cached(folder, paths, of_samples, compile, skipped=skipped, announce=announce)
 
 
 def row_settings(cfg: RowsConfig) -> RowSettings:
@@ -83,7 +89,7 @@ def loss_rules(cfg: RowsConfig) -> LossRules:
 
 def split_samples(
     cfg: DataConfig, seed: int, *, skipped: SkippedRows | None = None, verbose: bool = False
-) -> tuple[list[Sample], list[Sample], list[CompiledSamples]]:
+) -> tuple[SampleTable, SampleTable, list[CompiledSamples]]:
     """Training samples, held-out samples (empty if nothing is held out), and what was compiled, for its counts.
 
     Held out are the rows of `eval_path`, or else a share `eval_fraction` of the training rows, drawn by `seed`.
@@ -98,7 +104,7 @@ def split_samples(
     return train, held_out, compiled
 
 
-def held_out_samples(cfg: DataConfig, seed: int) -> list[Sample]:
+def held_out_samples(cfg: DataConfig, seed: int) -> SampleTable:
     """The samples a run did not train on, or its training samples if it held out none; reads only their files."""
     if cfg.eval_path:
         return compile_rows(cfg.eval_path, cfg).samples

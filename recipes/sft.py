@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from peft import PeftModel
 from transformers import GptOssForCausalLM, PrinterCallback, TrainingArguments
 
@@ -24,11 +23,12 @@ from gptoss_ft.config.schema import (
     TrainerConfig,
 )
 from gptoss_ft.data.collate import PaddingCollator
-from gptoss_ft.data.dataset import Sample, to_dataset
 from gptoss_ft.data.files import absolute
-from gptoss_ft.data.packing import best_fit, to_packed_dataset, to_tree_dataset
-from gptoss_ft.data.prefix_tree import prefix_trees
+from gptoss_ft.data.packing import best_fit
+from gptoss_ft.data.prefix_tree import plan_trees
+from gptoss_ft.data.sample_table import SampleTable
 from gptoss_ft.data.skipped import SkippedRows
+from gptoss_ft.data.training_rows import PackedSamples, PackedTrees, SampleRows, TrainingRows
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.fingerprint import write_fingerprint
 from gptoss_ft.files import check_writable_parent
@@ -141,7 +141,9 @@ def train(trainer: SftTrainer, resume_from: Path | None) -> None:
                 callback.close()
 
 
-def build_datasets(cfg: DataConfig, seed: int, *, skipped_path: str | None = None) -> tuple[Dataset, Dataset | None]:
+def build_datasets(
+    cfg: DataConfig, seed: int, *, skipped_path: str | None = None
+) -> tuple[TrainingRows, TrainingRows | None]:
     """Compile every row and say what came of it; returns training and held-out samples (None if nothing is).
 
     Rows that are left out go to the config's `skipped_path`, else to this one.
@@ -151,18 +153,17 @@ def build_datasets(cfg: DataConfig, seed: int, *, skipped_path: str | None = Non
         train_samples, held_out, compiled = split_samples(cfg, seed, skipped=skipped, verbose=is_main)
     if is_main:
         print(*compiled, *([skipped] if skipped.count else []), sep="\n")
-    to_table = partial(packed_dataset, cfg=cfg, verbose=is_main) if cfg.packing else to_dataset
-    return to_table(train_samples), to_table(held_out) if held_out else None
+    rows_of = partial(packed_rows, cfg=cfg, verbose=is_main) if cfg.packing else SampleRows
+    return rows_of(train_samples), rows_of(held_out) if held_out else None
 
 
-def packed_dataset(samples: list[Sample], *, cfg: DataConfig, verbose: bool) -> Dataset:
+def packed_rows(samples: SampleTable, *, cfg: DataConfig, verbose: bool) -> TrainingRows:
     """The samples in rows of `max_length`, with a line of what came of it if `verbose`."""
-    trees = list(prefix_trees(samples, cfg.max_length)) if cfg.share_prefixes else []
-    packed = best_fit([len(part.input_ids) for part in trees or samples], cfg.max_length)
+    trees = list(plan_trees(samples, cfg.max_length)) if cfg.share_prefixes else []
+    packed = best_fit([tree.size for tree in trees] or samples.lengths.tolist(), cfg.max_length)
     if verbose:
-        repeated = sum(len(sample.input_ids) for sample in samples)
-        print(f"{len(samples)} samples of {repeated} tokens {packed}")
-    return to_tree_dataset(trees, packed.rows) if trees else to_packed_dataset(samples, packed.rows)
+        print(f"{len(samples)} samples of {samples.lengths.sum()} tokens {packed}")
+    return PackedTrees(samples, trees, packed.rows) if trees else PackedSamples(samples, packed.rows)
 
 
 def prepare_base(cfg: ModelConfig, seed: int) -> GptOssForCausalLM:
@@ -201,8 +202,8 @@ def attach(base: GptOssForCausalLM, cfg: AdapterConfig, seed: int) -> PeftModel:
 
 def make_trainer(
     model: PeftModel,
-    train_set: Dataset,
-    eval_set: Dataset | None,
+    train_set: TrainingRows,
+    eval_set: TrainingRows | None,
     run: RunFolder,
     cfg: TrainerConfig,
     seed: int,

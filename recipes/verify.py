@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gptoss_ft.config.catalog import rows_fault
 from gptoss_ft.config.schema import DataConfig, VerifyCommand
-from gptoss_ft.data.dataset import Sample
+from gptoss_ft.data.sample_table import SampleTable
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.fingerprint import check_fingerprint
 from gptoss_ft.export.verdict import VerifyReport
@@ -60,7 +60,7 @@ def verify_run(
     return report
 
 
-def rows_of_run(cfg: DataConfig, seed: int) -> list[Sample]:
+def rows_of_run(cfg: DataConfig, seed: int) -> SampleTable:
     """`held_out_samples`, once their files are known to be where they were during training.
 
     Raises:

@@ -11,8 +11,18 @@ os.environ["WANDB_MODE"] = "offline"
 # The tests' tensors are tiny: several threads make them slower, and many times slower on a machine with other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from gptoss_ft.data import cache
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.spec import SPECS
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sample_cache(tmp_path_factory):
+    """Compiled samples are kept where the tests end, and not in the user's own cache."""
+    folder = tmp_path_factory.mktemp("cache") / "samples"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "default_folder", lambda: folder)
+        yield folder
 
 
 @pytest.fixture(scope="session")

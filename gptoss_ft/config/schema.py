@@ -222,7 +222,10 @@ class DataConfig(RowsConfig):
     weights: list[float] | None = key(
         "times that a row of each entry of path is seen in an epoch; 0.5 draws half of them", default=None
     )
-    cache_dir: str | None = key("folder that keeps compiled samples between runs; null keeps none", default=None)
+    cache: bool = key("keep compiled samples, and use those that are kept for the same rows and settings", default=True)
+    cache_dir: str | None = key(
+        "folder that keeps them; null is gptoss-ft/samples in the user's cache folder", default=None
+    )
     packing: bool = key("fill rows of max_length tokens with several samples, none of them split", default=False)
     share_prefixes: bool = key(
         "with packing, compute once what the samples of a row of data have in common", default=False
@@ -237,10 +240,8 @@ class DataConfig(RowsConfig):
         if self.weights is not None:
             fine = len(self.weights) == len(self.path) and all(0 <= weight < inf for weight in self.weights)
             require(fine, "data.weights", "null or a finite number from 0 up for each entry of path", self.weights)
-        if self.cache_dir and self.on_error is OnError.skip:
-            raise ConfigError(
-                "data.cache_dir must be null with data.on_error=skip: skipped rows are reported each time"
-            )
+        if self.cache_dir and not self.cache:
+            raise ConfigError("data.cache_dir must be null with data.cache=false, which keeps nothing there")
         if self.eval_path and self.eval_fraction:
             raise ConfigError("data.eval_fraction must be 0 when data.eval_path names the held-out rows")
 
@@ -402,3 +403,14 @@ class DataPreviewCommand(RowsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.count >= 1, "count", "1 or more", self.count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataClearCommand:
+    """`gptoss-ft data clear`"""
+
+    cache_dir: str | None = key("folder to clear; null is gptoss-ft/samples in the user's cache folder", default=None)
+    days: float = key("remove only what was not used for so many days", default=0.0)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.days < inf, "days", "0 or more and finite", self.days)

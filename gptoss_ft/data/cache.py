@@ -1,55 +1,146 @@
 """Compiled samples kept between runs, under a name that changes with the rows, the settings and our own code."""
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-import pyarrow as pa
+from filelock import FileLock, Timeout
 
-from gptoss_ft.data.dataset import CompiledSamples, Sample
+from gptoss_ft.data.dataset import CompiledSamples
 from gptoss_ft.data.files import expand, kind_of
-from gptoss_ft.files import naming_a_bad_place, naming_a_full_disk, partial_of
+from gptoss_ft.data.skipped import SkippedRows
+from gptoss_ft.errors import UserError
+from gptoss_ft.files import naming_a_bad_place, partial_of
 
-SCHEMA = pa.schema(
-    {
-        "input_ids": pa.list_(pa.int32()),
-        "loss_weights": pa.list_(pa.float64()),
-        "row": pa.string(),
-        "generation": pa.int32(),
-    }
-)
 CODE = ("data", "harmony")
-BATCH_ROWS = 1024
-COUNTS = b"counts"
+SUFFIX = ".arrow"
+OURS = re.compile(r"[0-9a-f]{32}\.(arrow|lock)|\.[0-9a-f]{32}\.arrow\.partial-.*")
+KEPT_DAYS = 30  # since they were last used
+Compile = Callable[[Path | None], CompiledSamples]
+
+
+def default_folder() -> Path:
+    """Where compiled samples are kept unless a folder is named."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gptoss-ft" / "samples"
 
 
 def cached(
-    folder: str | Path, paths: Sequence[str | Path], settings: object, compile: Callable[[], CompiledSamples]
+    folder: str | Path,
+    paths: Sequence[str | Path],
+    settings: object,
+    compile: Compile,
+    *,
+    skipped: SkippedRows | None = None,
+    announce: Callable[[str], object] = lambda text: None,
 ) -> CompiledSamples:
     """What `compile` gives for these rows and settings: read from `folder` if it is there, else kept there.
 
-    Hub data sets can change unseen, so that rows of those are compiled every time.
+    One process compiles while others that want the same wait for it. Not kept are rows of hub data sets, which can
+    change unseen; those of which some were skipped, which are reported each time; and those of files that changed
+    meanwhile.
 
     Args:
         settings: all that the result depends on besides the files' content, with a `repr` that says so.
+        compile: writes to a file that it is given, or to one of its own.
+        skipped: what `compile` leaves out.
+        announce: is told if samples of an earlier run are used.
 
     Raises:
         UserError: as `compile` does, and if the folder cannot be written.
     """
     found = expand(paths)
     if any(kind_of(file) == "hub" for file in found):
-        return compile()
-    file = Path(folder) / f"{_key(found, settings)}.arrow"
-    if file.exists():
-        return _read(file)
-    compiled = compile()
-    _write(file, compiled)
-    return compiled
+        return compile(None)
+    folder = Path(folder)
+    with naming_a_bad_place(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{_key(found, settings)}{SUFFIX}"
+    with _locked(file, announce):
+        kept = _opened(file)
+        if kept is not None:
+            date = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
+            announce(f"samples compiled before are used (last on {date}): {file}; data.cache=false compiles them anew")
+            file.touch()
+            return kept
+        remove_unused(folder)
+        before, partial = _stamps(found), partial_of(file)
+        try:
+            compiled = compile(partial)
+            if _stamps(found) == before and not (skipped and skipped.count):
+                partial.replace(file)
+            return compiled
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def remove_unused(folder: Path, *, days: float = KEPT_DAYS) -> int:
+    """Remove samples that were not used for some days, and what interrupted runs left; returns the bytes freed."""
+    freed = 0
+    if not folder.is_dir():
+        return freed
+    for file in folder.iterdir():
+        if not OURS.fullmatch(file.name):
+            continue
+        try:
+            status = file.stat()
+            # Half a file that has not grown for a day is nobody's.
+            limit = min(days, 1) if file.suffix != SUFFIX else days
+            if time.time() - status.st_mtime >= limit * 24 * 3600:
+                file.unlink()
+                freed += status.st_size
+        except FileNotFoundError:
+            continue  # another process was faster
+    return freed
+
+
+def writable_folder(folder: str | None) -> Path:
+    """The folder to use: the named one, else the user's cache, else, where that cannot be written, a temporary one."""
+    if folder is not None:
+        return Path(folder)
+    chosen = default_folder()
+    try:
+        chosen.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=chosen):
+            return chosen
+    except OSError:
+        return Path(tempfile.gettempdir()) / f"gptoss-ft-samples-{os.getuid()}"
+
+
+@contextmanager
+def _locked(file: Path, announce: Callable[[str], object]) -> Iterator[None]:
+    lock = FileLock(file.with_suffix(".lock"))
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            announce("another process is compiling these rows; waiting for it")
+            lock.acquire()
+    except OSError as error:
+        raise UserError(f"{file.parent} cannot be locked ({error}): set data.cache=false or data.cache_dir") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _opened(file: Path) -> CompiledSamples | None:
+    """What is kept there; None if nothing is, or if it is damaged."""
+    try:
+        return CompiledSamples.open(file)
+    except (OSError, ValueError, KeyError, TypeError):  # ArrowInvalid is a ValueError
+        return None
+
+
+def _stamps(found: Iterable[str]) -> list[tuple[int, int]]:
+    """What changes when a file does."""
+    return [(status.st_size, status.st_mtime_ns) for path in found for status in map(os.stat, _files(path))]
 
 
 def _key(found: Sequence[str], settings: object) -> str:
@@ -76,30 +167,3 @@ def _sources(folder: Traversable) -> Iterable[Traversable]:
 def _files(path: str) -> list[Path]:
     """A file, or the files of a `datasets` folder."""
     return sorted(file for file in Path(path).rglob("*") if file.is_file()) if os.path.isdir(path) else [Path(path)]
-
-
-def _write(file: Path, compiled: CompiledSamples) -> None:
-    counts = asdict(replace(compiled, samples=[]))
-    schema = SCHEMA.with_metadata({COUNTS: json.dumps(counts)})
-    partial = partial_of(file)
-    try:
-        with naming_a_bad_place(file), naming_a_full_disk(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-                for start in range(0, len(compiled.samples), BATCH_ROWS):
-                    batch = compiled.samples[start : start + BATCH_ROWS]
-                    columns = {name: [getattr(sample, name) for sample in batch] for name in schema.names}
-                    writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
-            # Of several processes that write the same samples, the last one's file stays.
-            partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _read(file: Path) -> CompiledSamples:
-    samples: list[Sample] = []
-    with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
-        counts = json.loads(reader.schema.metadata[COUNTS])
-        for index in range(reader.num_record_batches):
-            samples += [Sample(**row) for row in reader.get_batch(index).to_pylist()]
-    return CompiledSamples(**{**counts, "samples": samples})

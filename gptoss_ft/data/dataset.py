@@ -1,51 +1,29 @@
 """Rows to token samples: one sample per generation, every drop counted."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
 
-from datasets import Dataset, Features, List, Value
+import numpy as np
+from numpy.typing import NDArray
 
 from gptoss_ft.data.rows import DEFAULT_SETTINGS, RowSettings, map_rows
+from gptoss_ft.data.sample_table import SampleTable, SampleWriter
 from gptoss_ft.data.skipped import SkippedRows
 from gptoss_ft.errors import UserError
 from gptoss_ft.harmony.conversation import Conversation
-from gptoss_ft.harmony.generations import DEFAULT_RULES, Generation, generations
+from gptoss_ft.harmony.generations import DEFAULT_RULES, generations
 from gptoss_ft.harmony.weights import LossRules
-
-IGNORED_LABEL = -100  # what torch's cross entropy skips
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One generation as tokens, each with the weight of its loss (0: none).
-
-    `row` is `file:line`, `generation` counts from 0 within the row.
-    """
-
-    input_ids: list[int]
-    loss_weights: list[float]
-    row: str
-    generation: int
-
-    @property
-    def labels(self) -> list[int]:
-        """`input_ids` where there is loss, -100 elsewhere."""
-        weighted = zip(self.input_ids, self.loss_weights, strict=True)
-        return [token if weight else IGNORED_LABEL for token, weight in weighted]
-
-    @property
-    def num_loss_tokens(self) -> int:
-        return sum(map(bool, self.loss_weights))
 
 
 @dataclass(frozen=True)
 class CompiledSamples:
     """The kept samples, and counts: of the kept samples' tokens, of all rows and generations, of every drop."""
 
-    samples: list[Sample]
+    samples: SampleTable
     rows: int
     rows_without_thinking: int
     generations: int
@@ -53,6 +31,16 @@ class CompiledSamples:
     dropped_without_loss: int
     tokens: int
     loss_tokens: int
+
+    @classmethod
+    def open(cls, path: Path) -> "CompiledSamples":
+        """What `compile_samples` wrote to this file.
+
+        Raises:
+            pyarrow.ArrowInvalid, OSError: if it is not whole, or not there.
+        """
+        samples = SampleTable(path)
+        return cls(samples, **samples.facts)
 
     def __str__(self) -> str:
         return (
@@ -68,94 +56,98 @@ def compile_samples(
     rows: RowSettings = DEFAULT_SETTINGS,
     rules: LossRules = DEFAULT_RULES,
     max_length: int,
+    out: Path | None = None,
     skipped: SkippedRows | None = None,
     announce: Callable[[str], object] = lambda text: None,
     progress: bool = False,
 ) -> CompiledSamples:
     """Compile every row of the files.
 
-    `rows` is how they are read, `rules` what has loss; `skipped` and `announce` are as `map_rows` takes them.
     A sample over `max_length` tokens is dropped, never cut: a cut one would not teach the model to stop.
+
+    Args:
+        rows: how they are read; `skipped` and `announce` are as `map_rows` takes them.
+        rules: what has loss.
+        out: the file that samples are written to; None makes one in the folder for temporary files, which goes when
+            the samples do.
 
     Raises:
         UserError: naming file and line, if a row cannot be used; or if no sample is left.
         ConfigError: if the format is unknown.
     """
-    compiled: list[Sample] = []
-    num_rows = rows_without_thinking = 0
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="gptoss-ft-") as folder:
+            # A file in use keeps its content when it is removed.
+            return compile_samples(
+                paths,
+                rows=rows,
+                rules=rules,
+                max_length=max_length,
+                out=Path(folder, "samples.arrow"),
+                skipped=skipped,
+                announce=announce,
+                progress=progress,
+            )
+    counts = dict.fromkeys(list(CompiledSamples.__dataclass_fields__)[1:], 0)
+    shortest = 0
     compile_row = partial(_compile_row, rules=rules)
-    for row in map_rows(paths, compile_row, rows, skipped=skipped, announce=announce, progress=progress):
-        compiled += [sample_of(generation, row.where) for generation in row.result.generations]
-        num_rows += 1
-        rows_without_thinking += not row.result.has_thinking
-    with_loss = [sample for sample in compiled if sample.num_loss_tokens]
-    kept = [sample for sample in with_loss if len(sample.input_ids) <= max_length]
-    result = CompiledSamples(
-        samples=kept,
-        rows=num_rows,
-        rows_without_thinking=rows_without_thinking,
-        generations=len(compiled),
-        dropped_too_long=len(with_loss) - len(kept),
-        dropped_without_loss=len(compiled) - len(with_loss),
-        tokens=sum(len(sample.input_ids) for sample in kept),
-        loss_tokens=sum(sample.num_loss_tokens for sample in kept),
-    )
-    if not kept:
-        shortest = min((len(sample.input_ids) for sample in with_loss), default=0)
-        raise UserError(
-            f"no sample is left of {num_rows} rows in {', '.join(map(str, paths))}: {result.dropped_too_long} longer "
-            f"than {max_length} tokens (the shortest has {shortest}), {result.dropped_without_loss} with no loss on "
-            "any token; raise data.max_length or choose other rows"
-        )
-    return result
+    with SampleWriter(out) as writer:
+        for row in map_rows(paths, compile_row, rows, skipped=skipped, announce=announce, progress=progress):
+            counts["rows"] += 1
+            counts["rows_without_thinking"] += not row.result.has_thinking
+            for generation, (ids, weights) in enumerate(row.result.samples):
+                counts["generations"] += 1
+                num_loss_tokens = int(np.count_nonzero(weights))
+                if not num_loss_tokens:
+                    counts["dropped_without_loss"] += 1
+                elif len(ids) > max_length:
+                    counts["dropped_too_long"] += 1
+                    shortest = min(shortest or len(ids), len(ids))
+                else:
+                    counts["tokens"] += len(ids)
+                    counts["loss_tokens"] += num_loss_tokens
+                    writer.add(ids, weights, file=row.file, line=row.line, generation=generation)
+        if not counts["tokens"]:
+            raise UserError(
+                f"no sample is left of {counts['rows']} rows in {', '.join(map(str, paths))}: "
+                f"{counts['dropped_too_long']} longer than {max_length} tokens (the shortest has {shortest}), "
+                f"{counts['dropped_without_loss']} with no loss on any token; raise data.max_length or choose other "
+                "rows"
+            )
+        writer.facts = counts
+    return CompiledSamples.open(out)
 
 
-def split_rows(samples: Sequence[Sample], eval_fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+def split_rows(samples: SampleTable, eval_fraction: float, seed: int) -> tuple[SampleTable, SampleTable]:
     """Training and evaluation samples. A row's generations share text, so they all go to one side.
 
     Raises:
         UserError: if an evaluation set is asked for and there are fewer than two rows.
     """
     if eval_fraction == 0:
-        return list(samples), []
-    rows = list(dict.fromkeys(sample.row for sample in samples))
+        return samples, samples[:0]
+    rows = np.unique(samples.row_numbers)
     if len(rows) < 2:
         raise UserError("an evaluation split needs at least two rows; give more rows or set data.eval_fraction=0")
     num_eval = min(max(1, round(eval_fraction * len(rows))), len(rows) - 1)
-    held_out = set(Random(seed).sample(rows, num_eval))
-    train = [sample for sample in samples if sample.row not in held_out]
-    return train, [sample for sample in samples if sample.row in held_out]
-
-
-def to_dataset(samples: Sequence[Sample]) -> Dataset:
-    """Columns `input_ids` and `labels`, int32 lists, and `loss_weights`, float32 lists."""
-    features = Features(
-        {
-            "input_ids": List(Value("int32")),
-            "labels": List(Value("int32")),
-            "loss_weights": List(Value("float32")),
-        }
-    )
-    columns = {name: [getattr(sample, name) for sample in samples] for name in features}
-    return Dataset.from_dict(columns, features=features)
+    drawn = Random(seed).sample(range(len(rows)), num_eval)
+    is_held_out = np.isin(samples.row_numbers, rows[drawn])
+    return samples.take(~is_held_out), samples.take(is_held_out)
 
 
 @dataclass(frozen=True)
 class _CompiledRow:
-    generations: list[Generation]
+    """Samples as arrays, since lists take many times as long from one process to another."""
+
+    samples: list[tuple[NDArray[np.int32], NDArray[np.float32]]]
     has_thinking: bool
 
 
 def _compile_row(conversation: Conversation, rules: LossRules) -> _CompiledRow:
-    has_thinking = any(message.is_reasoning for message in conversation.messages)
-    return _CompiledRow(generations(conversation, rules), has_thinking)
-
-
-def sample_of(generation: Generation, row: str) -> Sample:
-    """A generation with its prompt, which has no loss; `row` is `file:line`."""
-    return Sample(
-        input_ids=generation.prompt_ids + generation.completion_ids,
-        loss_weights=[0.0] * len(generation.prompt_ids) + generation.loss_weights,
-        row=row,
-        generation=generation.index,
-    )
+    samples = []
+    for generation in generations(conversation, rules):
+        ids = np.array(generation.prompt_ids + generation.completion_ids, np.int32)
+        weights = np.zeros(len(ids), np.float32)
+        weights[len(generation.prompt_ids) :] = generation.loss_weights
+        samples.append((ids, weights))
+    return _CompiledRow(samples, any(message.is_reasoning for message in conversation.messages))

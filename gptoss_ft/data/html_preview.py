@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 
-from gptoss_ft.data.dataset import Sample
+from gptoss_ft.data.sample import Sample
 from gptoss_ft.data.spans import CONTROL_NAMES, spans, token_text
 
 PLACE = "/*DATA*/"

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from gptoss_ft.data.dataset import Sample
+import numpy as np
+
 from gptoss_ft.data.files import expand
+from gptoss_ft.data.sample_table import SampleTable
 from gptoss_ft.errors import UserError
 
 
-def mix(samples: Sequence[Sample], paths: Sequence[str | Path], weights: Sequence[float], seed: int) -> list[Sample]:
+def mix(samples: SampleTable, paths: Sequence[str | Path], weights: Sequence[float], seed: int) -> SampleTable:
     """The samples of an epoch in which each row of `paths[i]` is seen `weights[i]` times.
 
     The whole part of a weight repeats every row; the rest of it adds that share of the rows once, drawn by `seed`.
@@ -26,16 +28,17 @@ def mix(samples: Sequence[Sample], paths: Sequence[str | Path], weights: Sequenc
                     f"{file}: belongs to two entries of data.path, so that its weight is unclear; name it once"
                 )
             source[file] = index
-    rows: list[dict[str, list[Sample]]] = [{} for _ in paths]
-    for sample in samples:
-        rows[source[sample.row.rpartition(":")[0]]].setdefault(sample.row, []).append(sample)
+    source_of_file = np.array([source[file] for file in samples.files])
+    source_of_sample = source_of_file[samples.file_numbers]
     random = Random(seed)
-    mixed: list[Sample] = []
-    for of_path, weight in zip(rows, weights, strict=True):
-        names = list(of_path)
-        drawn = set(random.sample(names, round(weight % 1 * len(names))))
-        for name, of_row in of_path.items():
-            mixed += of_row * (int(weight) + (name in drawn))
-    if not mixed:
+    mixed = [np.empty(0, np.int64)]
+    for index, weight in enumerate(weights):
+        places = np.flatnonzero(source_of_sample == index)
+        # Samples are in the order of their rows.
+        _, first = np.unique(samples.row_numbers[places], return_index=True)
+        drawn = set(random.sample(range(len(first)), round(weight % 1 * len(first))))
+        for number, of_row in enumerate(np.split(places, first[1:])):
+            mixed += [of_row] * (int(weight) + (number in drawn))
+    if not sum(map(len, mixed)):
         raise UserError("data.weights leave no sample; raise one of them")
-    return mixed
+    return samples.take(np.concatenate(mixed))

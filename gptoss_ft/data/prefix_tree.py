@@ -8,10 +8,14 @@ Tokens are in depth-first order: what grows from a token follows it without a ga
 who may see the token.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby, takewhile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
 
-from gptoss_ft.data.dataset import IGNORED_LABEL, Sample
+import numpy as np
+
+from gptoss_ft.data.sample import Sample
+from gptoss_ft.data.sample_table import SampleTable
 
 
 class PrefixTree:
@@ -35,12 +39,6 @@ class PrefixTree:
 
     def __len__(self) -> int:
         return len(self.input_ids)
-
-    @property
-    def labels(self) -> list[int]:
-        """`input_ids` where there is loss, -100 elsewhere."""
-        weighted = zip(self.input_ids, self.loss_weights, strict=True)
-        return [token if weight else IGNORED_LABEL for token, weight in weighted]
 
     def size_with(self, sample: Sample) -> int:
         """How many tokens the tree would have with another sample."""
@@ -68,14 +66,34 @@ class PrefixTree:
         return sum(1 for _ in takewhile(lambda pair: self.input_ids[pair[0]] == pair[1], pairs))
 
 
-def prefix_trees(samples: Sequence[Sample], capacity: int) -> Iterator[PrefixTree]:
+@dataclass(frozen=True)
+class PlannedTree:
+    """Which samples of a table make a tree, by their places in the order of their tokens, and how large it is."""
+
+    places: tuple[int, ...]
+    size: int
+
+
+def plan_trees(samples: SampleTable, capacity: int) -> Iterator[PlannedTree]:
     """A tree for the samples of each row of data, or several where one would have more than `capacity` tokens."""
-    in_order = sorted(samples, key=lambda sample: (sample.row, sample.input_ids))
-    for _, group in groupby(in_order, key=lambda sample: sample.row):
+    by_row = np.argsort(samples.row_numbers, kind="stable")
+    starts = np.flatnonzero(np.diff(samples.row_numbers[by_row])) + 1
+    for of_row in np.split(by_row, starts):
+        held = sorted(((samples[int(place)], int(place)) for place in of_row), key=lambda pair: pair[0].input_ids)
         tree = PrefixTree()
-        for sample in group:
-            if len(tree) and tree.size_with(sample) > capacity:
-                yield tree
-                tree = PrefixTree()
+        places: list[int] = []
+        for sample, place in held:
+            if places and tree.size_with(sample) > capacity:
+                yield PlannedTree(tuple(places), len(tree))
+                tree, places = PrefixTree(), []
             tree.add(sample)
-        yield tree
+            places.append(place)
+        yield PlannedTree(tuple(places), len(tree))
+
+
+def grow(samples: Iterable[Sample]) -> PrefixTree:
+    """The tree of samples, which come in the order of their tokens."""
+    tree = PrefixTree()
+    for sample in samples:
+        tree.add(sample)
+    return tree

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from gptoss_ft.data.dataset import Sample
+from gptoss_ft.data.sample import Sample
 from gptoss_ft.data.spans import CONTROL_NAMES, spans, token_text, tokens_text
 from gptoss_ft.harmony.vocabulary import START
 

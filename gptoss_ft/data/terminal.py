@@ -3,8 +3,8 @@
 from rich.console import Console
 from rich.text import Text
 
-from gptoss_ft.data.dataset import Sample
 from gptoss_ft.data.preview import WHITESPACE, caption
+from gptoss_ft.data.sample import Sample
 from gptoss_ft.data.spans import spans, tokens_text
 
 STYLES = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gptoss_ft.adapters.save import load_adapter
-from gptoss_ft.data.dataset import IGNORED_LABEL, Sample
+from gptoss_ft.data.sample import IGNORED_LABEL, Sample
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import CONFIG_FILE, read_adapter
 from gptoss_ft.export.deltas import LowRankDelta

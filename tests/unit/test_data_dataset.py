@@ -1,10 +1,13 @@
 import json
-from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from gptoss_ft.data.dataset import compile_samples, split_rows, to_dataset
+from gptoss_ft.data.dataset import compile_samples, split_rows
 from gptoss_ft.data.rows import RowSettings
+from gptoss_ft.data.sample import Sample
+from gptoss_ft.data.sample_table import SampleTable
+from gptoss_ft.data.training_rows import SampleRows
 from gptoss_ft.errors import ConfigError, UserError
 from gptoss_ft.harmony.conversation import Conversation
 from gptoss_ft.harmony.vocabulary import decode
@@ -102,26 +105,32 @@ def test_unknown_format(rows_file):
 def test_split_keeps_a_rows_generations_together(rows_file):
     path = rows_file(*[{"messages": TWO_TURNS}] * 20)
     samples = compile_samples([path], max_length=512).samples
-    train, held_out = split_rows(samples, 0.1, seed=3)
+    train, held_out = map(list, split_rows(samples, 0.1, seed=3))
     assert (len(train), len(held_out)) == (36, 4)
     assert not {sample.row for sample in train} & {sample.row for sample in held_out}
-    assert split_rows(samples, 0.1, seed=3) == (train, held_out)
-    assert any(split_rows(samples, 0.1, seed)[1] != held_out for seed in range(5))
+    assert sorted(train + held_out, key=[*samples].index) == list(samples)
+    assert [*map(list, split_rows(samples, 0.1, seed=3))] == [train, held_out]
+    assert any(list(split_rows(samples, 0.1, seed)[1]) != held_out for seed in range(5))
 
 
-def test_split_never_empties_a_side(rows_file):
-    (sample, *_) = compile_samples([rows_file({"messages": TWO_TURNS})], max_length=512).samples
-    two_rows = [sample, replace(sample, row="other")]
+def test_split_never_empties_a_side():
+    two_rows = SampleTable.of(Sample([1, 2], [0.0, 1.0], f"rows.jsonl:{line}", 0) for line in (1, 2))
     assert [len(side) for side in split_rows(two_rows, 0.01, seed=0)] == [1, 1]
     assert [len(side) for side in split_rows(two_rows, 0.99, seed=0)] == [1, 1]
-    assert split_rows([sample], 0, seed=0) == ([sample], [])
+    one_row = two_rows[:1]
+    assert [*map(list, split_rows(one_row, 0, seed=0))] == [list(one_row), []]
     with pytest.raises(UserError, match="at least two rows"):
-        split_rows([sample], 0.1, seed=0)
+        split_rows(one_row, 0.1, seed=0)
 
 
-def test_dataset_columns(rows_file):
+def test_training_rows(rows_file):
     samples = compile_samples([rows_file({"messages": TWO_TURNS})], max_length=512).samples
-    dataset = to_dataset(samples)
-    assert dataset.column_names == ["input_ids", "labels", "loss_weights"]
-    for row, sample in zip(dataset, samples, strict=True):
-        assert row == {name: getattr(sample, name) for name in dataset.column_names}
+    rows = list(SampleRows(samples))
+    assert [{name: column.tolist() for name, column in row.items()} for row in rows] == [
+        {name: getattr(sample, name) for name in ("input_ids", "labels", "loss_weights")} for sample in samples
+    ]
+    assert {name: column.dtype for name, column in rows[0].items()} == {
+        "input_ids": np.int32,
+        "labels": np.int32,
+        "loss_weights": np.float32,
+    }

@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import suppress
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,8 @@ from gptoss_ft.data.schemas.registry import READERS
 from gptoss_ft.data.source import MAX_ROW_BYTES, parse_row
 from gptoss_ft.data.tables import csv_rows
 from gptoss_ft.errors import UserError
+from gptoss_ft.harmony.generations import generations
+from gptoss_ft.harmony.vocabulary import decode
 from gptoss_ft.harmony.weights import LossRules
 
 from .test_data_readers import CALL_ROWS, HARMONY, THINKING_ROWS
@@ -34,7 +37,8 @@ SCALARS = st.one_of(
     st.sampled_from([10**400, -(10**400), 2**64, 1e308, 1e-320, float("nan"), float("inf")]),
     st.floats(),
     st.sampled_from(WORDS),
-    st.text(st.characters(exclude_categories=()), max_size=8),
+    st.text(st.characters(exclude_categories=(), exclude_characters="\ufffd"), max_size=8),
+    st.sampled_from(["\ud800", " " * 1_000_000]),
 )
 VALUES = st.recursive(
     SCALARS,
@@ -78,11 +82,16 @@ def damaged_rows(draw):
 def read_whole(row):
     """Through everything that a row goes through; True if it was read."""
     try:
-        measured = measure(READERS[detect([(1, row)]).format].read(row), LossRules())
+        conversation = READERS[detect([(1, row)]).format].read(row)
+        measured = measure(conversation, LossRules())
     except UserError as error:
         assert str(error) and "\n" not in str(error).strip()
         return False
     assert all(sample.tokens >= sample.loss_tokens for sample in measured.generations)
+    for sample in generations(conversation):
+        # The tokenizer would put this character in place of one that has no UTF-8.
+        assert "\ufffd" not in decode(sample.prompt_ids + sample.completion_ids)
+        assert np.isfinite(np.float32(sample.loss_weights)).all()
     return True
 
 

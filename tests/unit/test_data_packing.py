@@ -3,9 +3,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoss_ft.data.collate import PaddingCollator
-from gptoss_ft.data.dataset import Sample
-from gptoss_ft.data.packing import best_fit, to_packed_dataset, to_tree_dataset
-from gptoss_ft.data.prefix_tree import prefix_trees
+from gptoss_ft.data.packing import best_fit
+from gptoss_ft.data.prefix_tree import grow, plan_trees
+from gptoss_ft.data.sample import Sample
+from gptoss_ft.data.sample_table import SampleTable
+from gptoss_ft.data.training_rows import PackedSamples, PackedTrees
 
 CAPACITY = 40
 lengths_of_samples = st.lists(st.integers(1, CAPACITY), max_size=60)
@@ -50,19 +52,21 @@ def sample(first, length, prompt):
 
 def test_rows_hold_their_samples_end_to_end():
     samples = [sample(10, 3, 1), sample(20, 2, 0), sample(30, 4, 3)]
-    dataset = to_packed_dataset(samples, [[2, 0], [1]])
-    assert dataset[0] == {
+    dataset = PackedSamples(SampleTable.of(samples), [[2, 0], [1]])
+    assert plain(dataset[0]) == {
         "input_ids": [30, 31, 32, 33, 10, 11, 12],
         "labels": [-100, -100, -100, 33, -100, 11, 12],
         "loss_weights": [0.0, 0.0, 0.0, 0.5, 0.0, 0.5, 0.5],
         "document_lengths": [4, 3],
     }
     # The first token of a sample is not predicted by whatever happens to precede it.
-    assert (dataset[1]["labels"], dataset[1]["loss_weights"]) == ([-100, 21], [0.0, 0.5])
+    second = plain(dataset[1])
+    assert (second["labels"], second["loss_weights"]) == ([-100, 21], [0.0, 0.5])
 
 
 def test_batches_say_where_documents_begin_and_padding_is():
-    dataset = to_packed_dataset([sample(10, 3, 1), sample(20, 2, 1), sample(30, 4, 3)], [[2, 0], [1]])
+    samples = SampleTable.of([sample(10, 3, 1), sample(20, 2, 1), sample(30, 4, 3)])
+    dataset = PackedSamples(samples, [[2, 0], [1]])
     batch = {name: tensor.tolist() for name, tensor in PaddingCollator(pad_token_id=9)(list(dataset)).items()}
     assert batch["input_ids"] == [[30, 31, 32, 33, 10, 11, 12], [20, 21, 9, 9, 9, 9, 9]]
     assert batch["position_ids"] == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 0, 0, 0, 0]]
@@ -74,7 +78,8 @@ def test_batches_say_where_documents_begin_and_padding_is():
 @given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=10), min_size=1, max_size=8), st.integers(10, 40))
 def test_every_branch_of_a_tree_is_a_sample(all_ids, capacity):
     samples = [Sample(ids, [1.0] * len(ids), "rows.jsonl:1", number) for number, ids in enumerate(all_ids)]
-    trees = list(prefix_trees(samples, capacity))
+    table = SampleTable.of(samples)
+    trees = [planted(table, plan) for plan in plan_trees(table, capacity)]
     assert all(len(tree) <= capacity for tree in trees)
     branches = []
     for tree in trees:
@@ -91,6 +96,17 @@ def test_every_branch_of_a_tree_is_a_sample(all_ids, capacity):
     assert sum(tree.num_samples for tree in trees) == len(samples)
 
 
+def planted(table, plan):
+    """The tree of a plan, which has the size that was planned."""
+    tree = grow(table[place] for place in plan.places)
+    assert len(tree) == plan.size
+    return tree
+
+
+def plain(row):
+    return {name: column.tolist() for name, column in row.items()}
+
+
 def branch(tree, place):
     """The ids from the first token to this one."""
     before = tree.predicted_from[place]
@@ -99,8 +115,8 @@ def branch(tree, place):
 
 def test_a_row_of_trees_counts_places_from_its_start():
     samples = [Sample([1, 2, 3], [0.0, 0.0, 1.0], "a:1", 0), Sample([1, 2, 4], [0.0, 1.0, 1.0], "a:1", 1)]
-    trees = list(prefix_trees([*samples, Sample([5, 6], [1.0, 1.0], "a:2", 0)], CAPACITY))
-    (row,) = to_tree_dataset(trees, [[1, 0]])
+    table = SampleTable.of([*samples, Sample([5, 6], [1.0, 1.0], "a:2", 0)])
+    (row,) = map(plain, PackedTrees(table, list(plan_trees(table, CAPACITY)), [[1, 0]]))
     assert row == {
         "input_ids": [5, 6, 1, 2, 3, 4],
         "labels": [-100, 6, -100, 2, 3, 4],

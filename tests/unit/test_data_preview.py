@@ -4,8 +4,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from gptoss_ft.data.dataset import IGNORED_LABEL, Sample
 from gptoss_ft.data.preview import CHANNEL_COLOURS, LOSS_BACKGROUND, sample_html, sample_text
+from gptoss_ft.data.sample import IGNORED_LABEL, Sample
 from gptoss_ft.data.schemas.messages import read_messages_row
 from gptoss_ft.data.spans import token_text, tokens_text
 from gptoss_ft.harmony.generations import generations

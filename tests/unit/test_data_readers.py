@@ -1,6 +1,7 @@
 """Every row format says the same conversation, and names what is wrong with a row by the field as the row spells it."""
 
 import json
+from datetime import date
 
 import pytest
 
@@ -247,6 +248,12 @@ def test_harmony_text_is_kept_to_the_letter_but_for_the_order_in_a_calls_header(
     assert conversation.reasoning_effort == "high"
 
 
+def tool_result(content):
+    """A row with a result as tables may hold it."""
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    return {"messages": [USER, call, {"role": "tool", "content": content}, ANSWER]}
+
+
 BAD_ROWS = [
     ("openai_chat", {"messages": [USER, {**ANSWER, "refusal": "x"}]}, "messages[1].refusal: stands beside `content`"),
     ("openai_chat", {"messages": [USER, ANSWER], "tools": [], "functions": []}, "functions: is deprecated"),
@@ -329,6 +336,15 @@ BAD_ROWS = [
         "messages",
         {"messages": [USER, ANSWER], "tools": [{"name": "f", "parameters": {"maximum": 10**400}}]},
         "tools[0].parameters.maximum: the number is too large",
+    ),
+    ("messages", tool_result({"a": "\ud800"}), "messages[2].content.a: character 1 is half of a surrogate pair"),
+    ("messages", tool_result({"a": " " * 1_000_000}), "messages[2].content.a: has 100000 white-space"),
+    ("messages", tool_result({"a": [1.0, float("inf")]}), "messages[2].content.a[1]: inf is not JSON"),
+    ("messages", tool_result({"a": date(2025, 6, 28)}), "messages[2].content.a: date has no place in JSON"),
+    (
+        "messages",
+        {"messages": [USER, {**ANSWER, "weight": 1e300}]},
+        "messages[1].weight: must be 0 (no loss on this message) or a number up to 1,000,000",
     ),
 ]
 

@@ -8,9 +8,11 @@ from torch.nn.attention.flex_attention import create_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 
 from gptoss_ft.data.collate import PaddingCollator
-from gptoss_ft.data.dataset import Sample, to_dataset
-from gptoss_ft.data.packing import best_fit, to_packed_dataset, to_tree_dataset
-from gptoss_ft.data.prefix_tree import prefix_trees
+from gptoss_ft.data.packing import best_fit
+from gptoss_ft.data.prefix_tree import plan_trees
+from gptoss_ft.data.sample import Sample
+from gptoss_ft.data.sample_table import SampleTable
+from gptoss_ft.data.training_rows import PackedSamples, PackedTrees, SampleRows
 from gptoss_ft.errors import UserError
 from gptoss_ft.harmony.conversation import Conversation, Message
 from gptoss_ft.harmony.generations import generations
@@ -99,17 +101,18 @@ def collated(rows, batch_size):
 
 def packed_batches(samples, capacity, batch_size):
     rows = best_fit([len(s.input_ids) for s in samples], capacity).rows
-    return collated(to_packed_dataset(samples, rows), batch_size)
+    return collated(PackedSamples(SampleTable.of(samples), rows), batch_size)
 
 
 def tree_batches(samples, capacity, batch_size):
-    trees = list(prefix_trees(samples, capacity))
-    return collated(to_tree_dataset(trees, best_fit(list(map(len, trees)), capacity).rows), batch_size)
+    table = SampleTable.of(samples)
+    trees = list(plan_trees(table, capacity))
+    return collated(PackedTrees(table, trees, best_fit([tree.size for tree in trees], capacity).rows), batch_size)
 
 
 @pytest.mark.parametrize(("capacity", "batch_size"), [(21, 1), (40, 2), (128, 1)])
 def test_packed_loss_and_gradients_are_the_sum_of_unpacked_ones(model, samples, capacity, batch_size):
-    alone = collated(to_dataset(samples), 1)
+    alone = collated(SampleRows(SampleTable.of(samples)), 1)
     packed = packed_batches(samples, capacity, batch_size)
     assert len(packed) < len(alone)
     assert sum(map(num_loss_tokens, packed)) == sum(map(num_loss_tokens, alone))
@@ -121,7 +124,7 @@ def test_trees_of_a_conversations_generations_too(model, conversations, capacity
     packed = tree_batches(conversations, capacity, batch_size)
     repeated = sum(len(sample.input_ids) for sample in conversations)
     assert sum(int(batch["attention_mask"].sum()) for batch in packed) < 0.75 * repeated
-    assert_sum_of(model, collated(to_dataset(conversations), 1), packed)
+    assert_sum_of(model, collated(SampleRows(SampleTable.of(conversations)), 1), packed)
 
 
 def test_random_trees_too(model):
@@ -134,10 +137,10 @@ def test_random_trees_too(model):
         # Their sums are exact in fp32.
         weights = torch.randint(0, 64, (length,), generator=random).div(32).tolist()
         samples.append(Sample(ids, weights, f"rows.jsonl:{number // 6}", number))
-    samples.append(samples[0])
+    samples.insert(1, samples[0])
     packed = tree_batches(samples, 64, 1)
     assert sum(int(batch["attention_mask"].sum()) for batch in packed) < sum(len(s.input_ids) for s in samples)
-    assert_sum_of(model, collated(to_dataset(samples), 1), packed)
+    assert_sum_of(model, collated(SampleRows(SampleTable.of(samples)), 1), packed)
 
 
 def test_flex_attention_is_given_the_same_masks(model, conversations):
@@ -166,7 +169,7 @@ def test_trees_are_refused_by_an_attention_that_has_no_masks(model):
 def test_in_fp32_too(implementation, small_bases, samples):
     model = load_base(small_bases["mxfp4"], dtype=torch.float32, attn_implementation=implementation)
     model.get_input_embeddings().requires_grad_(True)
-    alone = [collate([row]) for row in to_dataset(samples)]
+    alone = [collate([row]) for row in SampleRows(SampleTable.of(samples))]
     losses = [float(summed_loss(model, model, batch).detach()) for batch in alone]
     packed = [float(summed_loss(model, model, batch).detach()) for batch in packed_batches(samples, 128, 1)]
     assert sum(packed) == pytest.approx(sum(losses), rel=1e-5)

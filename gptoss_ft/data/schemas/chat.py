@@ -13,7 +13,7 @@ from typing import Literal
 
 from gptoss_ft.data.schemas.builtin import builtin_call, read_response_format, split_tools
 from gptoss_ft.data.schemas.fields import Field
-from gptoss_ft.data.schemas.functions import call_arguments, read_tools, safe_name
+from gptoss_ft.data.schemas.functions import call_arguments, check_values, read_tools, safe_name
 from gptoss_ft.harmony.conversation import (
     FUNCTIONS,
     REASONING_EFFORTS,
@@ -182,8 +182,11 @@ def _answered_call(message: ChatMessage, messages: list[Message], open_calls: Ma
 
 
 def _tool_result(content: Field, call: Message) -> Message:
-    is_object = isinstance(content.value, Mapping)
-    text = json.dumps(content.value, ensure_ascii=False) if is_object else content.joined_text()
+    if isinstance(content.value, Mapping):
+        check_values(content)
+        text = json.dumps(content.value, ensure_ascii=False)
+    else:
+        text = content.joined_text()
     return Message("tool", text, call.channel, recipient="assistant", name=call.recipient)
 
 

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-from gptoss_ft.data.schemas.fields import Field, text_fault
+from gptoss_ft.data.schemas.fields import MAX_WHITE_SPACE, Field, text_fault
 from gptoss_ft.harmony.conversation import Tool
+
+# One that a float cannot hold has more digits than this; so may a text.
+LONG_NUMBER = re.compile(r"\d{300}")
 
 
 def read_tools(tools: Sequence[Field], where: Field) -> tuple[Tool, ...]:
@@ -42,7 +45,7 @@ def call_arguments(arguments: Field) -> str:
         )
     if isinstance(arguments.value, str):
         return arguments.text()
-    _check_values(arguments)
+    check_values(arguments)
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -53,7 +56,7 @@ def read_schema(schema: Field) -> Mapping[str, Any]:
         FieldError: if it holds what has no place in JSON or in tokens.
     """
     schema.object()
-    _check_values(schema)
+    check_values(schema)
     return _without_nulls(schema.value)
 
 
@@ -70,8 +73,20 @@ def _read_tool(tool: Field) -> Tool:
     )
 
 
-def _check_values(tree: Field) -> None:
-    """Refuse what has no place in JSON or in tokens: parsed JSON cannot hold all of it, but tables can."""
+def check_values(tree: Field) -> None:
+    """Raise `FieldError` for what has no place in JSON or in tokens: parsed JSON cannot hold all of it, tables can."""
+    try:
+        text = json.dumps(tree.value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError):  # what JSON has no word for; NaN; half of a surrogate pair
+        _name_the_fault(tree)
+    else:
+        # Written out and searched, a tree takes a tenth of the time that looking at each value does.
+        if len(text) >= MAX_WHITE_SPACE or LONG_NUMBER.search(text):
+            _name_the_fault(tree)
+
+
+def _name_the_fault(tree: Field) -> None:
     match tree.value:
         case str() as text:
             if fault := text_fault(text):
@@ -84,10 +99,14 @@ def _check_values(tree: Field) -> None:
             for name in members:
                 if fault := text_fault(name):
                     raise tree.error(f"a key's {fault}")
-                _check_values(tree[name])
+                _name_the_fault(tree[name])
         case list():
             for item in tree.items():
-                _check_values(item)
+                _name_the_fault(item)
+        case None | int() | float():
+            pass
+        case other:
+            raise tree.error(f"{type(other).__name__} has no place in JSON; write it as text")
 
 
 def _without_nulls(schema: Any) -> Any:

@@ -7,7 +7,6 @@ may have `thinking` (or `reasoning_content`, `reasoning`), `tool_calls`, `weight
 """
 
 from collections.abc import Mapping
-from math import inf
 from typing import Any, cast
 
 from gptoss_ft.data.schemas.chat import DEFAULTS, ChatCall, ChatMessage, ChatRole, conversation_of, require_answer
@@ -15,6 +14,7 @@ from gptoss_ft.data.schemas.fields import Field
 from gptoss_ft.harmony.conversation import Conversation
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_WEIGHT = 1_000_000
 THINKING_KEYS = ("thinking", "reasoning_content", "reasoning")
 
 
@@ -67,6 +67,8 @@ def _weight(entry: Field) -> float:
     if train and not isinstance(train.value, bool):
         raise train.error(f"must be true or false, not {train.value!r}")
     number = weight.value if weight else 1.0
-    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < inf:
-        raise weight.error(f"must be 0 (no loss on this message) or a number above, not {weight.value!r}")
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= MAX_WEIGHT:
+        raise weight.error(
+            f"must be 0 (no loss on this message) or a number up to {MAX_WEIGHT:,}, not {weight.value!r}"
+        )
     return 0.0 if train.value is False else float(number)
