@@ -30,6 +30,8 @@ TARGET inline vec load(const uint16_t* from) {
 
 #include "gemm_bf16.h"
 
+#include "gemv_bf16.h"
+
 }  // namespace
 
 const Kernels& avx512_kernels(DType activations, DType weights) {

@@ -21,6 +21,7 @@ struct alignas(64) Tables {
     uint16_t values[32];        // e2m1 times 2^125, without -0
     uint16_t scaled[256][32];   // e2m1 times each scale
     uint8_t spread[4][64];      // bit offsets: byte i of each of the two dwords of a quadword, as two words
+    uint8_t few[4][64];         // bit offsets: codes 4i to 4i + 3 of each quadword, as words
     uint8_t pair[4][64];        // byte offsets: 16 columns of two rows, [block][half]
     uint16_t interleave[2][32];  // of two rows of 32 columns, the first and the last 16
     Tables() {
@@ -32,6 +33,7 @@ struct alignas(64) Tables {
         for (int byte = 0; byte < 4; ++byte)
             for (int i = 0; i < 64; ++i)
                 spread[byte][i] = static_cast<uint8_t>((i % 8 / 4) * 32 + byte * 8 + (i % 4 / 2) * 4);
+        for (int i = 0; i < 256; ++i) few[i / 64][i % 64] = static_cast<uint8_t>((i / 64 * 4 + i % 8 / 2) * 4);
         for (int i = 0; i < 64; ++i) interleave[i / 32][i % 32] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
         for (int which = 0; which < 4; ++which)
             for (int word = 0; word < 32; ++word) {
@@ -254,83 +256,6 @@ TARGET void multiply(int64_t rows, const void* tile, const void* panel, int64_t 
         multiply<ROWS - 1>(rows, tile, panel, depth, c, accumulate);
 }
 
-// ROWS dot products with each of four weight rows, read once as they lie: nothing is transposed or stored.
-template <int ROWS>
-TARGET static void dot_rows(const uint16_t* x, int64_t stride, const Weight& w, int64_t row, float* c) {
-    const Tables& t = tables();
-    __m512 sum[4][ROWS];
-#pragma GCC unroll 16
-    for (int i = 0; i < 4 * ROWS; ++i) sum[i / ROWS][i % ROWS] = _mm512_setzero_ps();
-    for (int64_t b = 0; b < w.row_blocks(); ++b) {
-#pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) {
-            if (b % 4 == 0) prefetch(w.at(row + n + 4, b * kBlock), 1);
-            const __m512i bytes = _mm512_cvtepu8_epi32(load128(w.at(row + n, b * kBlock)));
-            const __m512i index = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
-            const __m512i table = _mm512_load_si512(t.scaled[*w.scale(row + n, b)]);
-            const auto weights = (__m512bh)_mm512_permutexvar_epi16(index, table);
-#pragma GCC unroll 4
-            for (int i = 0; i < ROWS; ++i) {
-                const auto inputs = (__m512bh)_mm512_loadu_si512(x + i * stride + b * kBlock);
-                sum[n][i] = _mm512_dpbf16_ps(sum[n][i], weights, inputs);
-            }
-        }
-    }
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n)
-#pragma GCC unroll 4
-        for (int i = 0; i < ROWS; ++i) c[i * kColumns + n] = _mm512_reduce_add_ps(sum[n][i]);
-}
-
-TARGET bool forward_few(const void* x, int64_t stride, int64_t rows, const Weight& w, int64_t row, float* c) {
-    const uint8_t* scales = w.scale(row, 0);
-    uint8_t lowest = kScaleMin, highest = kScaleMax;
-    for (int64_t i = 0; i < kColumns * w.row_blocks(); ++i) {
-        lowest = std::min(lowest, scales[i]);
-        highest = std::max(highest, scales[i]);
-    }
-    if (lowest < kScaleMin || highest > kScaleMax) return false;
-    constexpr decltype(&dot_rows<1>) dot[] = {dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>};
-    static_assert(std::size(dot) == kFewRows);
-    for (int n = 0; n < kColumns; n += 4) dot[rows - 1](static_cast<const uint16_t*>(x), stride, w, row + n, c + n);
-    return true;
-}
-
-template <int ROWS>
-TARGET static void dot_rows_dense(const uint16_t* x, int64_t stride, const Weight& w, int64_t row, float* c) {
-    __m512 sum[4][ROWS];
-    const uint8_t* data[4];
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n) data[n] = w.at(std::min(row + n, w.rows - 1), 0);
-#pragma GCC unroll 16
-    for (int i = 0; i < 4 * ROWS; ++i) sum[i / ROWS][i % ROWS] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < w.inputs; k += 32) {
-        const auto readable = static_cast<__mmask32>((1ull << std::min<int64_t>(w.inputs - k, 32)) - 1);
-        __m512bh inputs[ROWS];
-#pragma GCC unroll 4
-        for (int i = 0; i < ROWS; ++i) inputs[i] = (__m512bh)_mm512_maskz_loadu_epi16(readable, x + i * stride + k);
-#pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) {
-            prefetch(data[n] + 4 * w.row_bytes() + 2 * k, 1);
-            const auto weights = (__m512bh)_mm512_maskz_loadu_epi16(readable, data[n] + 2 * k);
-#pragma GCC unroll 4
-            for (int i = 0; i < ROWS; ++i) sum[n][i] = _mm512_dpbf16_ps(sum[n][i], weights, inputs[i]);
-        }
-    }
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n)
-#pragma GCC unroll 4
-        for (int i = 0; i < ROWS; ++i) c[i * kColumns + n] = _mm512_reduce_add_ps(sum[n][i]);
-}
-
-TARGET bool forward_few_dense(const void* x, int64_t stride, int64_t rows, const Weight& w, int64_t row, float* c) {
-    constexpr decltype(&dot_rows_dense<1>) dot[] = {dot_rows_dense<1>, dot_rows_dense<2>, dot_rows_dense<3>,
-                                                    dot_rows_dense<4>};
-    static_assert(std::size(dot) == kFewRows);
-    for (int n = 0; n < kColumns; n += 4) dot[rows - 1](static_cast<const uint16_t*>(x), stride, w, row + n, c + n);
-    return true;
-}
-
 TARGET void decode(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, void* out) {
     const Tables& t = tables();
     for (int64_t b = 0; b < num_blocks; ++b) {
@@ -339,20 +264,6 @@ TARGET void decode(const uint8_t* blocks, const uint8_t* scales, int64_t num_blo
         const __m512i weights = _mm512_permutexvar_epi16(index, _mm512_load_si512(t.scaled[scales[b]]));
         _mm512_storeu_si512(static_cast<uint16_t*>(out) + b * kBlock, weights);
     }
-}
-
-inline Kernels packed_kernels(const Kernels& exact) {
-    return {kColumns,    kTileRows,    kTilePad * sizeof(uint16_t), kColumns * sizeof(uint16_t),
-            pack_tile,   pack_forward, pack_dx,                     multiply<>,
-            exact.store, forward_few,  nullptr,                     &exact,
-            decode};
-}
-
-inline Kernels dense_kernels(const Kernels& float32) {
-    return {kColumns,      kTileRows,          kTilePad * sizeof(uint16_t), kColumns * sizeof(uint16_t),
-            pack_tile,     pack_forward_dense, pack_dx_dense,               multiply<>,
-            float32.store, forward_few_dense,  nullptr,                     nullptr,
-            decode};
 }
 
 }  // namespace bf16

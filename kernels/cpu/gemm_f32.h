@@ -248,7 +248,7 @@ TARGET static inline void dot_rows(const float* x, const Weight& w, int64_t row,
 }
 
 template <class W, int ROWS = kFewRows>
-TARGET bool forward_few(const void* x, int64_t stride, int64_t rows, const Weight& w, int64_t row, float* c) {
+TARGET void forward_few(const void* x, int64_t stride, int64_t rows, const Weight& w, int64_t row, float* c) {
     if (rows == ROWS) {
         constexpr int weights = ROWS <= 2 ? 4 : 2;  // with more, the sums would not stay in 16 registers
         for (int n = 0; n < kColumns; n += weights)
@@ -256,7 +256,6 @@ TARGET bool forward_few(const void* x, int64_t stride, int64_t rows, const Weigh
     } else if constexpr (ROWS > 1) {
         forward_few<W, ROWS - 1>(x, stride, rows, w, row, c);
     }
-    return true;
 }
 
 template <class X, class W>

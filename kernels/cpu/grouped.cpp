@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <optional>
 #include <vector>
 
 #include "parallel.h"
@@ -65,6 +66,9 @@ public:
         }
         data_ = std::make_unique<Buffer>(bytes);
         const int64_t slices = ceil_div(depth, kDepth);
+        // Few rows are packed sooner than another thread wakes up.
+        const auto is_few = [few](const RowBlock& block) { return block.rows <= few; };
+        if (std::all_of(blocks_.begin(), blocks_.end(), is_few)) threads = 1;
         for_each_item(threads, static_cast<int64_t>(blocks_.size()) * slices, 1, [&] {
             return [&](int64_t item) {
                 const RowBlock& block = blocks_[item / slices];
@@ -155,17 +159,6 @@ public:
         return sums_.at<float>() + panel * block.rows * kernels_.columns;
     }
 
-    // Round the sums to columns [column, column + width) of `y`, which has `stride` columns.
-    void store(const RowBlock& block, const float* bias, int64_t column, int64_t width, DType dtype, void* y,
-               int64_t stride) const {
-        for (int64_t first = 0; first < width; first += kernels_.columns) {
-            const int64_t count = std::min<int64_t>(kernels_.columns, width - first);
-            void* out = static_cast<uint8_t*>(y) + bytes_of(dtype, block.first_row * stride + column + first);
-            kernels_.store(sums(block, first / kernels_.columns), block.rows, count, bias ? bias + first : nullptr, out,
-                           stride);
-        }
-    }
-
 private:
     template <class Decode>
     void multiply_group(const RowBlock& block, int64_t first, int64_t width, int64_t from, int64_t depth,
@@ -197,6 +190,16 @@ private:
     Buffer panels_, tile_, sums_;
 };
 
+// Round C, laid out as in a Strip, to columns [column, column + width) of `y`, which has `stride` columns.
+void store(const Kernels& kernels, const RowBlock& block, const float* sums, const float* bias, int64_t column,
+           int64_t width, DType dtype, void* y, int64_t stride) {
+    for (int64_t first = 0; first < width; first += kernels.columns) {
+        const int64_t count = std::min<int64_t>(kernels.columns, width - first);
+        void* out = static_cast<uint8_t*>(y) + bytes_of(dtype, block.first_row * stride + column + first);
+        kernels.store(sums + first * block.rows, block.rows, count, bias ? bias + first : nullptr, out, stride);
+    }
+}
+
 Weight weight_of(const Experts& experts, int64_t expert) {
     const int64_t size = experts.out * experts.in;
     const uint8_t* scales = experts.scales ? experts.scales + expert * size / kBlock : nullptr;
@@ -218,28 +221,30 @@ void grouped_linear(const Kernels& kernels, int threads, const Experts& experts,
     const int64_t widest = strip_width(kForwardWidth, kBlock, experts.out, rows.blocks(), threads);
     const int64_t num_strips = ceil_div(experts.out, widest);
     for_each_item(threads, num_blocks * num_strips, 1, [&] {
-        return [&, strip = Strip(kernels, rows, kernels.columns)](int64_t item) mutable {
+        // Its scratch is fresh memory, which costs more than few rows do.
+        return [&, strip = std::optional<Strip>()](int64_t item) mutable {
             const RowBlock& block = rows.blocks()[item / num_strips];
             const Weight weight = weight_of(experts, block.expert);
             const int64_t column = item % num_strips * widest, width = std::min(widest, experts.out - column);
+            float bias_strip[kForwardWidth];
+            if (bias) load_bias(bias, bias_dtype, block.expert * experts.out + column, width, bias_strip);
+            const float* add = bias ? bias_strip : nullptr;
+            if (block.rows <= kFewRows) {
+                const uint8_t* few = kernels.pack_few ? rows.packed(block, 0, 0) : rows.row(block, 0, 0);
+                alignas(64) float sums[kFewRows * kForwardWidth];
+                for (int64_t n = 0; n < width; n += kernels.columns)
+                    kernels.forward_few(few, experts.in, block.rows, weight, column + n, sums + n * block.rows);
+                store(kernels, block, sums, add, column, width, dtype, y, experts.out);
+                return;
+            }
             const auto decode = [&](const Kernels& k, int64_t first, int64_t, int64_t from, int64_t depth,
-                                    void* panel) {
-                // Row blocks that forward_few refused are not packed for any kernels but the exact ones.
-                return (block.rows > kFewRows || &k != &kernels) &&
-                       k.pack_forward(weight, column + first, from, depth, panel);
-            };
+                                    void* panel) { return k.pack_forward(weight, column + first, from, depth, panel); };
             const auto piece = [&](int64_t first, int64_t from) -> Piece {
                 return {weight, column + first, kernels.columns, from, rows.slice_depth(from)};
             };
-            bool done = block.rows <= kFewRows;
-            const uint8_t* few = kernels.pack_few ? rows.packed(block, 0, 0) : rows.row(block, 0, 0);
-            for (int64_t n = 0; n < width && done; n += kernels.columns)
-                done = kernels.forward_few(few, experts.in, block.rows, weight, column + n,
-                                           strip.sums(block, n / kernels.columns));
-            if (!done) strip.multiply(block, experts.in, width, decode, piece);
-            float bias_strip[kForwardWidth];
-            if (bias) load_bias(bias, bias_dtype, block.expert * experts.out + column, width, bias_strip);
-            strip.store(block, bias ? bias_strip : nullptr, column, width, dtype, y, experts.out);
+            if (!strip) strip.emplace(kernels, rows, kernels.columns);
+            strip->multiply(block, experts.in, width, decode, piece);
+            store(kernels, block, strip->sums(block, 0), add, column, width, dtype, y, experts.out);
         };
     });
 }
@@ -266,7 +271,7 @@ void grouped_linear_dx(const Kernels& kernels, int threads, const Experts& exper
                 return {weight, from, rows.slice_depth(from), input, std::clamp<int64_t>(experts.in - input, 0, group)};
             };
             strip.multiply(block, experts.out, width, decode, piece);
-            strip.store(block, nullptr, column, width, dtype, dx, experts.in);
+            store(kernels, block, strip.sums(block, 0), nullptr, column, width, dtype, dx, experts.in);
         };
     });
 }

@@ -50,8 +50,8 @@ struct Kernels {
     // The first `count` columns of y[rows, columns] = C + bias, rounded to y's type; a null bias is zero.
     void (*store)(const float* c, int64_t rows, int64_t count, const float* bias, void* y, int64_t stride);
 
-    // C[rows, columns] of Y = X W^T for at most kFewRows rows, with nothing transposed. False as above.
-    bool (*forward_few)(const void* x, int64_t stride, int64_t rows, const Weight&, int64_t row, float* c);
+    // C[rows, columns] of Y = X W^T for at most kFewRows rows, with nothing transposed.
+    void (*forward_few)(const void* x, int64_t stride, int64_t rows, const Weight&, int64_t row, float* c);
 
     // What forward_few wants instead of x, in the room of a tile. Null: x itself.
     void (*pack_few)(const void* x, int64_t stride, int64_t rows, int64_t depth, void* packed);

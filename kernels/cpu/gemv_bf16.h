@@ -1,0 +1,156 @@
+// Products of at most kFewRows bf16 rows by VDPBF16PS: what they wait for is the weights, so these are read once, in the
+// order of their addresses, and nothing is transposed or stored. Included by gemm_avx512.cpp after gemm_bf16.h.
+//
+// Reading four weight rows side by side, which would share loads of activations, brought half as many bytes a second.
+namespace bf16 {
+
+constexpr int64_t kGroup = 4 * kBlock;  // weights whose codes fill a register
+// Bytes between the codes that are multiplied and those brought into the L1 cache. Without this, one core read MXFP4 at
+// 16 instead of 18 GB/s (Zen 4), and at 12 if they were brought into L2 only. Dense weights leave time to wait.
+constexpr int64_t kAhead = 2048;
+
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+TARGET static inline void fetch(const uint8_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
+
+// 2^(e - 127) of four scale bytes, each in the four lanes of its block.
+TARGET static inline __m512 lanes_of_scales(uint32_t four) {
+    const Words place = {24, 24, 24, 24, 16, 16, 16, 16, 8, 8, 8, 8, 0, 0, 0, 0};
+    const Words bits = ((Words{} + four) << place) >> 1 & 0x7f800000;
+    // 2^-127 is subnormal and byte 255 is NaN: both have this bit.
+    return (__m512)(bits | (((Words)(bits == 0) | (Words)(bits == 0x7f800000)) & 0x00400000));
+}
+
+// Where pack_few_mxfp4 puts weight `from_code(i)` of a group: spreading takes a code of each of the eight quadwords
+// four times in a row.
+constexpr int from_code(int i) { return i % 32 / 4 * 16 + i / 32 * 4 + i % 4; }
+
+// Inputs in the order of the decoded weights, each row padded with zeros to whole groups.
+TARGET void pack_few_mxfp4(const void* x, int64_t stride, int64_t rows, int64_t depth, void* packed) {
+    const auto* from = static_cast<const uint16_t*>(x);
+    auto* out = static_cast<uint16_t*>(packed);
+    for (int64_t i = 0; i < rows; ++i, from += stride)
+        for (int64_t k = 0; k < depth; k += kGroup, out += kGroup) {
+            uint16_t group[kGroup] = {};
+            std::memcpy(group, from + k, std::min(kGroup, depth - k) * sizeof(uint16_t));
+            for (int j = 0; j < kGroup; ++j) out[j] = group[from_code(j)];
+        }
+}
+
+// total[i] += four blocks of weights * row i of x, block b in lanes 4b to 4b + 3.
+template <int ROWS>
+TARGET static inline void add_group(__m512i codes, uint32_t scales, const uint16_t* x, int64_t stride,
+                                    const __m512i (&spread)[4], __m512i values, __m512 (&total)[ROWS]) {
+    __m512 sum[ROWS];
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) sum[i] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) {
+        const __m512i index = _mm512_multishift_epi64_epi8(spread[part], codes);
+        const auto weights = (__m512bh)_mm512_permutexvar_epi16(index, values);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) {
+            const auto inputs = (__m512bh)_mm512_loadu_si512(x + i * stride + part * kBlock);
+            sum[i] = _mm512_dpbf16_ps(sum[i], weights, inputs);
+        }
+    }
+    const __m512 scale = lanes_of_scales(scales);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) total[i] = total[i] + sum[i] * scale;
+}
+
+template <int ROWS>
+TARGET static void few_mxfp4(const uint16_t* x, const Weight& w, int64_t row, float* c) {
+    const Tables& t = tables();
+    const __m512i values = _mm512_load_si512(t.scaled[127]);
+    const __m512i spread[4] = {_mm512_load_si512(t.few[0]), _mm512_load_si512(t.few[1]), _mm512_load_si512(t.few[2]),
+                               _mm512_load_si512(t.few[3])};
+    const int64_t blocks = w.row_blocks(), stride = ceil_div(w.inputs, kGroup) * kGroup;
+    for (int n = 0; n < kColumns; ++n) {
+        const uint8_t *codes = w.at(row + n, 0), *scales = w.scale(row + n, 0);
+        for (int64_t b = 0; b < blocks; b += 64) fetch(scales + kAhead / kBlockBytes + b);
+        __m512 total[ROWS];
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) total[i] = _mm512_setzero_ps();
+        int64_t b = 0;
+        for (; b + 4 <= blocks; b += 4) {
+            uint32_t four;
+            std::memcpy(&four, scales + b, 4);
+            fetch(codes + b * kBlockBytes + kAhead);
+            add_group(_mm512_loadu_si512(codes + b * kBlockBytes), four, x + b * kBlock, stride, spread, values, total);
+        }
+        if (b < blocks) {
+            uint32_t some = 0;
+            std::memcpy(&some, scales + b, blocks - b);
+            const auto readable = static_cast<__mmask32>((1ull << (blocks - b) * (kBlockBytes / 2)) - 1);
+            add_group(_mm512_maskz_loadu_epi16(readable, codes + b * kBlockBytes), some, x + b * kBlock, stride, spread,
+                      values, total);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) c[i * kColumns + n] = _mm512_reduce_add_ps(total[i]);
+    }
+}
+
+template <int ROWS>
+TARGET static void few_dense(const uint16_t* x, int64_t stride, const Weight& w, int64_t row, float* c) {
+    constexpr int parts = ROWS == 1 ? 4 : 2;  // sums that do not wait for each other
+    for (int64_t n = 0; n < std::min<int64_t>(kColumns, w.rows - row); ++n) {
+        const uint8_t* weights = w.at(row + n, 0);
+        __m512 sum[parts][ROWS];
+#pragma GCC unroll 16
+        for (int i = 0; i < parts * ROWS; ++i) sum[i / ROWS][i % ROWS] = _mm512_setzero_ps();
+        int64_t k = 0;
+        for (; k + 32 * parts <= w.inputs; k += 32 * parts)
+#pragma GCC unroll 4
+            for (int part = 0; part < parts; ++part) {
+                const auto some = (__m512bh)_mm512_loadu_si512(weights + 2 * k + part * 64);
+#pragma GCC unroll 4
+                for (int i = 0; i < ROWS; ++i)
+                    sum[part][i] = _mm512_dpbf16_ps(
+                        sum[part][i], some, (__m512bh)_mm512_loadu_si512(x + i * stride + k + part * 32));
+            }
+        for (; k < w.inputs; k += 32) {
+            const auto readable = static_cast<__mmask32>((1ull << std::min<int64_t>(w.inputs - k, 32)) - 1);
+            const auto some = (__m512bh)_mm512_maskz_loadu_epi16(readable, weights + 2 * k);
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS; ++i)
+                sum[0][i] = _mm512_dpbf16_ps(sum[0][i], some,
+                                             (__m512bh)_mm512_maskz_loadu_epi16(readable, x + i * stride + k));
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) {
+            __m512 total = sum[0][i];
+#pragma GCC unroll 4
+            for (int part = 1; part < parts; ++part) total = _mm512_add_ps(total, sum[part][i]);
+            c[i * kColumns + n] = _mm512_reduce_add_ps(total);
+        }
+    }
+}
+
+TARGET void forward_few(const void* x, int64_t, int64_t rows, const Weight& w, int64_t row, float* c) {
+    constexpr decltype(&few_mxfp4<1>) of_rows[] = {few_mxfp4<1>, few_mxfp4<2>, few_mxfp4<3>, few_mxfp4<4>};
+    static_assert(std::size(of_rows) == kFewRows);
+    of_rows[rows - 1](static_cast<const uint16_t*>(x), w, row, c);
+}
+
+TARGET void forward_few_dense(const void* x, int64_t stride, int64_t rows, const Weight& w, int64_t row, float* c) {
+    constexpr decltype(&few_dense<1>) of_rows[] = {few_dense<1>, few_dense<2>, few_dense<3>, few_dense<4>};
+    static_assert(std::size(of_rows) == kFewRows);
+    of_rows[rows - 1](static_cast<const uint16_t*>(x), stride, w, row, c);
+}
+
+inline Kernels packed_kernels(const Kernels& exact) {
+    return {kColumns,    kTileRows,    kTilePad * sizeof(uint16_t), kColumns * sizeof(uint16_t),
+            pack_tile,   pack_forward, pack_dx,                     multiply<>,
+            exact.store, forward_few,  pack_few_mxfp4,              &exact,
+            decode};
+}
+
+inline Kernels dense_kernels(const Kernels& float32) {
+    return {kColumns,      kTileRows,          kTilePad * sizeof(uint16_t), kColumns * sizeof(uint16_t),
+            pack_tile,     pack_forward_dense, pack_dx_dense,               multiply<>,
+            float32.store, forward_few_dense,  nullptr,                     nullptr,
+            decode};
+}
+
+}  // namespace bf16
