@@ -320,11 +320,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
-        if self.data.share_prefixes and self.model.attn_implementation != AttnImplementation.eager:
-            raise ConfigError(
-                "data.share_prefixes needs model.attn_implementation=eager, which alone can tell branches of shared "
-                f"prefixes apart, not {self.model.attn_implementation}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
