@@ -49,9 +49,12 @@ def train(words: list[str]) -> int:
     from gptoss_ft.config.load import load_train_config
 
     cfg = load_train_config(words)
-    from gptoss_ft.recipes import sft
+    if cfg.adapter.qat:
+        from gptoss_ft.recipes import qat as recipe
+    else:
+        from gptoss_ft.recipes import sft as recipe
 
-    folder = sft.main(cfg)
+    folder = recipe.main(cfg)
     # torchrun numbers its processes; one line is enough.
     if os.environ.get("RANK", "0") == "0":
         print(folder)

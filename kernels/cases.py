@@ -202,6 +202,28 @@ def rounding_work(size: Size, dtype: torch.dtype) -> Work:
     return Work(1e-9 * size.outputs * min(size.inputs, 128) ** 2, "GFLOP/s")
 
 
+def _merge_mxfp4(draw: Draw, size: Size) -> Call:
+    E, I, O, R = len(size.rows_E), size.inputs, size.outputs, size.rank
+    weight = draw.packed(E, O, I)
+    # Zeros of either sign, and blocks whose scale "even" halves.
+    weight.blocks_EOGB[:, : O // 4] &= 0xBB
+    # Updates of about a step, the largest scale's and the smallest's.
+    return Call((weight, draw.normal(E, R, I), draw.normal(E, O, R) * 2**-6, R**-0.5))
+
+
+def _merge_bf16(draw: Draw, size: Size) -> Call:
+    I, O, R = size.inputs, size.outputs, size.rank
+    return Call((draw.normal(O, I), draw.normal(R, I), draw.normal(O, R) * 2**-6, R**-0.5))
+
+
+def merge_mxfp4_work(size: Size, dtype: torch.dtype) -> Work:
+    return Work(2e-9 * len(size.rows_E) * size.outputs * size.inputs * size.rank, "GFLOP/s")
+
+
+def merge_bf16_work(size: Size, dtype: torch.dtype) -> Work:
+    return Work(2e-9 * size.outputs * size.inputs * size.rank, "GFLOP/s")
+
+
 GROUPED_LINEAR = Case(_grouped_linear, product_work)
 GROUPED_LINEAR_DX = Case(_grouped_linear_dx, product_work)
 DEQUANTIZE_MXFP4 = Case(_dequantize_mxfp4, decode_work)
@@ -218,3 +240,5 @@ LOW_RANK_UP_ = Case(_low_rank_up_, low_rank_work)
 LOW_RANK_GRADIENT_ = Case(_low_rank_gradient_, low_rank_work)
 SINK_ATTENTION = Case(_sink_attention, attention_work)
 ROUND_COLUMNS = Case(_round_columns, rounding_work)
+MERGE_MXFP4 = Case(_merge_mxfp4, merge_mxfp4_work)
+MERGE_BF16 = Case(_merge_bf16, merge_bf16_work)

@@ -1,7 +1,7 @@
 """The operations of gpt-oss training, each with the implementations that may run it, fastest first.
 
-The functions have the names, signatures and meaning of `reference`. To add one: its case in `cases`, its function in
-`reference`, and an `Operation` here.
+The functions have the names, signatures and meaning of `reference` and `merging`. To add one: its case in `cases`, its
+function in one of these, and an `Operation` here.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,10 @@ from gptoss_ft.kernels import (
     cpu_gemm,
     cpu_library,
     cpu_loss,
+    cpu_merging,
     cpu_rounding,
     flex_attention,
+    merging,
     reference,
 )
 from gptoss_ft.kernels.gpu import packed_experts
@@ -176,6 +178,18 @@ round_columns = Operation(
     cases.ROUND_COLUMNS,
     dtypes=(torch.float32,),
 )
+merge_mxfp4 = Operation(
+    merging.merge_mxfp4,
+    _library(cpu_merging.merge_mxfp4, cpu_merging.refuses_mxfp4),
+    cases.MERGE_MXFP4,
+    exact=True,
+)
+merge_bf16 = Operation(
+    merging.merge_bf16,
+    _library(cpu_merging.merge_bf16, cpu_merging.refuses_bf16, (cases.ODD,)),
+    cases.MERGE_BF16,
+    exact=True,
+)
 
 OPERATIONS: tuple[Operation, ...] = (
     dequantize_mxfp4,
@@ -194,4 +208,6 @@ OPERATIONS: tuple[Operation, ...] = (
     sink_attention,
     cross_entropy,
     round_columns,
+    merge_mxfp4,
+    merge_bf16,
 )

@@ -5,7 +5,7 @@ O out features of a projection
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +31,23 @@ class LowRank:
 
 @dataclass(frozen=True)
 class ExpertProjection:
-    """One stacked projection: frozen weights, packed or dense `[E, in, out]` as transformers keeps them."""
+    """One stacked projection: frozen weights, packed or dense `[E, in, out]` as transformers keeps them.
+
+    With `merged`, products see what `merge_mxfp4` makes of the packed weights and their one update, instead of both
+    beside each other; gradients go straight through its rounding.
+
+    Raises:
+        ValueError: if there is not one update to merge, or the weights are not packed.
+    """
 
     weight: MXFP4Weight | Tensor
     bias_EO: Tensor
     low_rank: Sequence[LowRank] = ()
+    merged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.merged and (len(self.low_rank) != 1 or not isinstance(self.weight, MXFP4Weight)):
+            raise ValueError(f"one update of packed weights can be merged, not {len(self.low_rank)} or of dense ones")
 
 
 def expert_block(
@@ -52,7 +64,8 @@ def expert_block(
 
     Differentiable once in the hidden states, the routing weights and the LoRA factors. Between the passes are kept,
     beside the arguments, only the sort order `[N]`, the gate_up projection before its activation `[N, 2·I]`, and x·A^T
-    of each update `[N, R]` in fp32. Dense weights and biases may be trained too; autograd then keeps what it likes.
+    of each update `[N, R]` in fp32; of merged updates instead the bytes that were multiplied, the size of the packed
+    weights. Dense weights and biases may be trained too; autograd then keeps what it likes.
 
     Raises:
         ValueError: if the biases of packed weights require a gradient.
@@ -75,7 +88,7 @@ def expert_inputs(
     """
     order_N, ends_E = _sort_by_expert(experts_TK, gate_up)
     x_NH = hidden_TH.index_select(0, order_N // experts_TK.shape[1])
-    _, act_NI, _ = _activate(x_NH, gate_up, _Constants(ends_E, alpha, limit))
+    _, act_NI, _ = _activate(x_NH, _as_multiplied(gate_up, ends_E), _Constants(ends_E, alpha, limit))
     return x_NH, act_NI, ends_E
 
 
@@ -90,6 +103,12 @@ class _Form(NamedTuple):
 
     num_frozen: int  # blocks, scales and bias, or dense weights and bias
     updates: tuple[tuple[float, frozenset[int] | None], ...]
+    merged: bool
+
+    @property
+    def num_kept(self) -> int:
+        """How many x·A^T the forward pass leaves to the backward pass."""
+        return 0 if self.merged else len(self.updates)
 
     @property
     def num_tensors(self) -> int:
@@ -102,7 +121,7 @@ def _disassemble(projection: ExpertProjection) -> tuple[_Form, list[Tensor]]:
     frozen = [*(weight if isinstance(weight, MXFP4Weight) else (weight,)), projection.bias_EO]
     factors = [factor for update in projection.low_rank for factor in (update.A_ERI, update.B_EOR)]
     updates = tuple((update.scaling, update.experts) for update in projection.low_rank)
-    return _Form(len(frozen), updates), frozen + factors
+    return _Form(len(frozen), updates, projection.merged), frozen + factors
 
 
 def _assemble(form: _Form, tensors: Sequence[Tensor]) -> ExpertProjection:
@@ -110,21 +129,35 @@ def _assemble(form: _Form, tensors: Sequence[Tensor]) -> ExpertProjection:
     factors = tensors[form.num_frozen :]
     pairs = zip(factors[0::2], factors[1::2], form.updates, strict=True)
     return ExpertProjection(
-        MXFP4Weight(*weight) if len(weight) == 2 else weight[0], bias_EO, [LowRank(A, B, *rest) for A, B, rest in pairs]
+        MXFP4Weight(*weight) if len(weight) == 2 else weight[0],
+        bias_EO,
+        [LowRank(A, B, *rest) for A, B, rest in pairs],
+        form.merged,
     )
+
+
+def _as_multiplied(projection: ExpertProjection, ends_E: Sequence[int]) -> ExpertProjection:
+    """The projection with its update in the weights of the experts that have rows, if it is to be merged."""
+    if not projection.merged:
+        return projection
+    (update,) = projection.low_rank
+    weight = dispatch.merge_mxfp4(projection.weight, update.A_ERI, update.B_EOR, update.scaling, ends_E, update.experts)
+    return replace(projection, weight=weight)
 
 
 class _ExpertBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH, routing_TK, order_N, constants, forms, *tensors):  # type: ignore[no-untyped-def]
         ends_E, (gate_up_form, down_form), K = constants.ends_E, forms, routing_TK.shape[1]
-        gate_up = _assemble(gate_up_form, tensors[: gate_up_form.num_tensors])
-        down = _assemble(down_form, tensors[gate_up_form.num_tensors :])
+        gate_up = _as_multiplied(_assemble(gate_up_form, tensors[: gate_up_form.num_tensors]), ends_E)
+        down = _as_multiplied(_assemble(down_form, tensors[gate_up_form.num_tensors :]), ends_E)
 
         gate_up_N2I, act_NI, h_gate_up = _activate(hidden_TH.index_select(0, order_N // K), gate_up, constants)
         y_NH, h_down = _project(act_NI, down, ends_E)
 
-        ctx.save_for_backward(hidden_TH, routing_TK, order_N, gate_up_N2I, *h_gate_up, *h_down, *tensors)
+        # The weights that were multiplied, for the backward pass is to multiply by no others.
+        multiplied = *_disassemble(gate_up)[1], *_disassemble(down)[1]
+        ctx.save_for_backward(hidden_TH, routing_TK, order_N, gate_up_N2I, *h_gate_up, *h_down, *multiplied)
         ctx.constants, ctx.forms = constants, forms
         return dispatch.combine(y_NH, order_N.argsort().view(-1, K), routing_TK)
 
@@ -134,7 +167,7 @@ class _ExpertBlock(torch.autograd.Function):
         (ends_E, alpha, limit), (gate_up_form, down_form) = ctx.constants, ctx.forms
         saved, needs = list(ctx.saved_tensors), list(ctx.needs_input_grad)
         hidden_TH, routing_TK, order_N, gate_up_N2I = _take(saved, 4)
-        h_gate_up, h_down = _take(saved, len(gate_up_form.updates)), _take(saved, len(down_form.updates))
+        h_gate_up, h_down = _take(saved, gate_up_form.num_kept), _take(saved, down_form.num_kept)
         gate_up = _assemble(gate_up_form, _take(saved, gate_up_form.num_tensors))
         down = _assemble(down_form, saved)
         needs_hidden, needs_routing, *_ = _take(needs, 5)
@@ -159,7 +192,7 @@ class _ExpertBlock(torch.autograd.Function):
         if needs_routing:
             d_routing_N += dispatch.low_rank_down(g_NH, down.bias_EO[:, None], ends_E)[:, 0]
             d_routing_TK = d_routing_N[slots_TK].to(routing_TK.dtype)
-        h_down = [routing_N[:, None] * h_NR for h_NR in h_down]
+        h_down = [routing_N[:, None] * h_NR for h_NR in h_down] or _inputs_by_A(weighted_act_NI, down, ends_E)
         d_down = _factor_gradients(weighted_act_NI, g_NH, down, h_down, dh_down, needs_down, ends_E)
         del weighted_act_NI, g_NH
 
@@ -170,6 +203,7 @@ class _ExpertBlock(torch.autograd.Function):
                 d_hidden_TH = dispatch.combine(dx_NH, slots_TK, None)
                 del dx_NH
             x_NH = hidden_TH.index_select(0, token_N)
+            h_gate_up = h_gate_up or _inputs_by_A(x_NH, gate_up, ends_E)
             d_gate_up = _factor_gradients(x_NH, d_gate_up_N2I, gate_up, h_gate_up, dh_gate_up, needs_gate_up, ends_E)
         frozen = [None] * gate_up_form.num_frozen, [None] * down_form.num_frozen
         return d_hidden_TH, d_routing_TK, None, None, None, *frozen[0], *d_gate_up, *frozen[1], *d_down
@@ -197,22 +231,29 @@ def _activate(x_NH: Tensor, gate_up: ExpertProjection, constants: _Constants) ->
 
 
 def _project(x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """The projection of rows, and x·A^T of each update."""
-    y_NO, h = _frozen_product(x_NI, projection, ends_E), []
-    for update in projection.low_rank:
-        h.append(dispatch.low_rank_down(x_NI, update.A_ERI, ends_E, update.experts))
-        dispatch.low_rank_up_(y_NO, h[-1], _by_rank(update.B_EOR), update.scaling, ends_E, update.experts)
+    """The projection of rows, and x·A^T of each update that is not in the weights."""
+    y_NO = _frozen_product(x_NI, projection, ends_E)
+    if projection.merged:
+        return y_NO, []
+    h = _inputs_by_A(x_NI, projection, ends_E)
+    for update, h_NR in zip(projection.low_rank, h, strict=True):
+        dispatch.low_rank_up_(y_NO, h_NR, _by_rank(update.B_EOR), update.scaling, ends_E, update.experts)
     return y_NO, h
+
+
+def _inputs_by_A(x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) -> list[Tensor]:
+    """x·A^T of each update, `[N, R]`."""
+    return [dispatch.low_rank_down(x_NI, update.A_ERI, ends_E, update.experts) for update in projection.low_rank]
 
 
 def _low_rank_backward(
     dy_NO: Tensor, projection: ExpertProjection, dx_NI: Tensor | None, ends_E: Sequence[int]
 ) -> list[Tensor]:
-    """The gradients of x·A^T of each update, whose parts in the gradient of x are added to `dx`."""
+    """The gradients of x·A^T of each update, whose parts in the gradient of x are added to `dx` unless it has them."""
     dh = []
     for update in projection.low_rank:
         dh.append(dispatch.low_rank_down(dy_NO, _by_rank(update.B_EOR), ends_E, update.experts).mul_(update.scaling))
-        if dx_NI is not None:
+        if dx_NI is not None and not projection.merged:
             dispatch.low_rank_up_(dx_NI, dh[-1], update.A_ERI, 1.0, ends_E, update.experts)
     return dh
 

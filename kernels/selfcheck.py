@@ -65,9 +65,9 @@ def measure(
 ) -> Verdict:
     """Compare `function` with `reference` in fp64, and their gradients if they are `differentiable`.
 
-    Twice the error of `reference` in the operands' own dtype is allowed, or none if `exact`; of several results the
-    worst counts. If `poisoned`, `function` runs again in memory that holds NaN. An exception of it is a verdict; one of
-    `reference` is raised.
+    Twice the error of `reference` in the operands' own dtype is allowed; if `exact`, no difference from its result.
+    Of several results the worst counts. If `poisoned`, `function` runs again in memory that holds NaN. An exception of
+    it is a verdict; one of `reference` is raised.
     """
     device_type = next(operand.device.type for operand in call.args if isinstance(operand, Tensor))
     results = _results_and_gradients if differentiable else _results
@@ -99,6 +99,8 @@ def _compare(ours: Tensor, plain: Tensor, truth: Tensor, *, exact: bool) -> Verd
     if ours.shape != plain.shape or ours.dtype != plain.dtype:
         got, wanted = (f"{tuple(result.shape)} {result.dtype}" for result in (ours, plain))
         return Verdict(math.nan, math.nan, f"the result is {got}, not {wanted}")
+    if exact:
+        truth = plain.double()
     size = truth.abs().max()
     error, usual = (float((result.double() - truth).abs().max() / size) for result in (ours, plain))
     return Verdict(error, 0.0 if exact else max(2 * usual, FLOOR))

@@ -60,7 +60,10 @@ def export_run(
             run's rows or base cannot be calibrated on.
     """
     run = RunFolder(run_path)
-    checkpoint = Checkpoint.open(base or config_of(run).model.path)
+    cfg = config_of(run)
+    if cfg.adapter.qat:
+        check_merged_export(run, format, calibrated=calibration_tokens is not None)
+    checkpoint = Checkpoint.open(base or cfg.model.path)
     check_fingerprint(run.path, checkpoint)
     if format in ADAPTER_FORMATS:
         ADAPTER_FORMATS[format](run.adapter, out, checkpoint)
@@ -69,10 +72,35 @@ def export_run(
         return out
     deltas = read_adapter(run.adapter, checkpoint.spec)
     calibrate = None if calibration_tokens is None else calibration(run, checkpoint, calibration_tokens)
-    report = merge(checkpoint, deltas, out, format=cast(MergeFormat, format), calibrate=calibrate)
+    report = merge(
+        checkpoint,
+        deltas,
+        out,
+        format=cast(MergeFormat, format),
+        calibrate=calibrate,
+        merged_training=cfg.adapter.qat,
+    )
     write_json(record_path(run, "merge", format, out), report.to_dict())
     print(report)
     return out
+
+
+def check_merged_export(run: RunFolder, format: str, *, calibrated: bool) -> None:
+    """Refuse what a run that trained through the rounding of its merge has no use for.
+
+    Raises:
+        UserError: for an adapter by itself, and for another rounding than the one that was trained through.
+    """
+    trained = f"{run.path} was trained through the rounding of its merge (adapter.qat=true)"
+    if format in ADAPTER_FORMATS:
+        raise UserError(
+            f"{trained}: beside a base that is not rounded, its adapter is another model than the trained one. "
+            "Export a merged one, such as format=mxfp4"
+        )
+    if calibrated:
+        raise UserError(
+            f"{trained}, to nearest: rounding=calibrated would write another model. Export with rounding=nearest"
+        )
 
 
 def calibration(run: RunFolder, base: Checkpoint, num_tokens: int) -> Calibration:

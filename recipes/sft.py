@@ -1,6 +1,7 @@
 """Supervised fine-tuning with LoRA: rows and a checkpoint in, an adapter and proven exports out."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,9 +46,17 @@ from gptoss_ft.training.run_folder import RunFolder, checkpoint_steps, write_jso
 from gptoss_ft.training.trackers import trackers_in
 from gptoss_ft.training.trainer import SftTrainer
 
+# What adapts a base model, by the adapter section and a seed for the initial weights.
+Attach = Callable[[GptOssForCausalLM, AdapterConfig, int], PeftModel]
+
 
 def main(cfg: TrainConfig) -> Path:
-    """Run `gptoss-ft train`; returns the run folder.
+    """Run `gptoss-ft train` with adapters beside the frozen weights; returns the run folder."""
+    return run_training(cfg, attach)
+
+
+def run_training(cfg: TrainConfig, attach: Attach) -> Path:
+    """Train what `attach` makes of the base model, export and verify it; returns the run folder.
 
     Raises:
         UserError: if rows, checkpoint or folder cannot be used, and nothing has been trained then; if training

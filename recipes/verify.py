@@ -55,6 +55,7 @@ def verify_run(
         export=export,
         samples=compile_rows([data], cfg.data).samples if data else rows_of_run(cfg.data, cfg.seed),
         max_tokens=max_tokens,
+        merged_training=cfg.adapter.qat,
     )
     write_json(record_path(run, "verify", report.format, export), report.to_dict())
     return report

@@ -35,6 +35,8 @@ class ExpertsLora(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         self.projection = projection
         self.experts = experts
+        # Whether products see the update merged into the packed weights, rounded as an export rounds it.
+        self.merged_forward = False
         # Which experts had a token that reached the loss; None while nobody watches.
         self.reached_E: Tensor | None = None
         self._active_adapter = adapter_name
@@ -63,7 +65,9 @@ class ExpertsLora(nn.Module, LoraLayer):
 
     def forward(self, hidden_TH: Tensor, experts_TK: Tensor, routing_weights_TK: Tensor) -> Tensor:
         low_rank = {} if self.disable_adapters else {layer.projection: layer.low_rank() for layer in self.nested()}
-        out_TH = experts_forward(self.get_base_layer(), hidden_TH, experts_TK, routing_weights_TK, low_rank)
+        out_TH = experts_forward(
+            self.get_base_layer(), hidden_TH, experts_TK, routing_weights_TK, low_rank, merged=self.merged_forward
+        )
         if out_TH.requires_grad and self.reached_E is not None:
             out_TH.register_hook(lambda grad_TH: self._note_reached(experts_TK, grad_TH))
         return out_TH

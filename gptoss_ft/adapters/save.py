@@ -11,12 +11,18 @@ from torch import Tensor
 from transformers import GptOssForCausalLM
 
 from gptoss_ft.adapters.attach import ADAPTER_NAME, ROUTER, Attached, Targets, attach_config, lora_layers
+from gptoss_ft.adapters.merged import computes_merged
 from gptoss_ft.errors import UserError
 from gptoss_ft.files import whole_folder
 from gptoss_ft.model.experts import PROJECTIONS
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+MERGE_FIRST = """# Merge before serving
+
+This adapter was trained through the rounding of its merge (`adapter.qat=true`). Beside a base that is not rounded it is
+another model than the trained one: `gptoss-ft export run=RUN format=mxfp4 out=DIR` writes the trained one.
+"""
 PARAMETERS = {ROUTER: "mlp.router.weight", **{name: f"mlp.experts.{name}" for name in PROJECTIONS}}
 _KEY = re.compile(
     r"base_model\.model\.model\.layers\.(?P<layer>\d+)\."
@@ -38,6 +44,8 @@ def save_adapter(model: PeftModel, folder: Path) -> Path:
     with whole_folder(folder, num_bytes=sum(tensor.nbytes for tensor in state.values())) as partial:
         save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         portable_config(model).save_pretrained(partial)
+        if computes_merged(model):
+            (partial / "README.md").write_text(MERGE_FIRST)
     return folder
 
 

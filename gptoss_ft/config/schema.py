@@ -147,6 +147,11 @@ class AdapterConfig:
     )
     layers: list[int] | None = key("layers that learn, from 0; null is every layer", default=None)
     experts: list[int] | None = key("experts that learn in those layers, from 0; null is every expert", default=None)
+    qat: bool = key(
+        "merge-aware training: compute with the merged weights, rounded as export rounds them (experts to MXFP4, the "
+        "rest to bf16), so that the merged model is the trained one; only merged formats can be exported",
+        default=False,
+    )
 
     def __post_init__(self) -> None:
         require(self.r >= 1, "adapter.r", "1 or more", self.r)
@@ -162,6 +167,8 @@ class AdapterConfig:
                 "adapter.dropout must be 0 unless adapter.targets names an attention projection: "
                 "no other adapter has dropout"
             )
+        if self.qat and self.dropout:
+            raise ConfigError("adapter.dropout must be 0 with adapter.qat=true: merged weights have no dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +327,31 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
+        if self.adapter.qat:
+            self._check_merged()
+        if self.data.share_prefixes and self.model.attn_implementation != AttnImplementation.eager:
+            raise ConfigError(
+                "data.share_prefixes needs model.attn_implementation=eager, which alone can tell branches of shared "
+                f"prefixes apart, not {self.model.attn_implementation}"
+            )
+
+    def _check_merged(self) -> None:
+        """What training through the merge needs, and what can be exported of it."""
+        if self.model.precision is not Precision.mxfp4:
+            raise ConfigError(
+                f"adapter.qat=true needs model.precision=mxfp4, not {self.model.precision}: it rounds to the MXFP4 "
+                "numbers of packed experts"
+            )
+        unmerged = [format for format in self.export.formats if format.startswith("adapter")]
+        if unmerged:
+            raise ConfigError(
+                f"export.formats must not name {', '.join(unmerged)} with adapter.qat=true: the trained model is the "
+                "merged one; name merged formats, such as mxfp4"
+            )
+        if self.export.rounding is not Rounding.nearest:
+            raise ConfigError(
+                "export.rounding must be nearest with adapter.qat=true: that is the rounding it trains through"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ def _scaling(config: Mapping[str, Any], folder: Path, name: str, rank: int) -> f
     if rank != wanted:
         raise UserError(f"{folder / WEIGHTS_FILE}: {name} has rank {rank} where {CONFIG_FILE} says {wanted}")
     alpha = _matching(config.get("alpha_pattern") or {}, key, config["lora_alpha"])
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+    return float(alpha) / (sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _matching(patterns: Mapping[str, float], key: str, default: float) -> float:

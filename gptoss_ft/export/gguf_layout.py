@@ -24,9 +24,9 @@ from gguf import (
 from torch import Tensor
 
 from gptoss_ft.errors import UserError
+from gptoss_ft.kernels.codec import pack_nibbles, unpack_nibbles
 from gptoss_ft.kernels.reference import BLOCK_SIZE
 from gptoss_ft.model.spec import GptOssSpec
-from gptoss_ft.mxfp4.codec import pack_nibbles, unpack_nibbles
 
 GgufFormat = Literal["gguf", "gguf_q8_0"]
 

@@ -36,6 +36,7 @@ class MergeReport:
             also every expert stack that had to be rounded from bf16 to MXFP4.
         num_copied: tensors whose bytes are the base's.
         num_calibrated, num_nearest: experts of packed stacks that were rounded for their inputs and to nearest.
+        merged_training: training computed with the rounded weights, so that nothing is lost by rounding them.
     """
 
     format: MergeFormat
@@ -43,10 +44,14 @@ class MergeReport:
     num_copied: int
     num_calibrated: int = 0
     num_nearest: int = 0
+    merged_training: bool = False
 
     def __str__(self) -> str:
         total = sum(self.updates.values(), UpdateStats())
         lines = [f"{self.format}: {len(self.updates)} weights written anew, {self.num_copied} tensors copied"]
+        if self.merged_training:
+            lines.append("rounded as in training: what was written is what was trained")
+            return "\n".join(lines)
         if total.update_sq:
             lines.append(
                 f"updates of {total.relative_update:.2%} of the weights' norm: {total.retained:.1%} retained, "
@@ -69,6 +74,7 @@ class MergeReport:
         """For JSON."""
         return {
             "format": self.format,
+            "merged_training": self.merged_training,
             "num_tensors_copied": self.num_copied,
             "num_experts_calibrated": self.num_calibrated,
             "num_experts_to_nearest": self.num_nearest,
@@ -84,16 +90,18 @@ def merge(
     *,
     format: MergeFormat,
     calibrate: Calibrate | None = None,
+    merged_training: bool = False,
     progress: bool = True,
 ) -> MergeReport:
     """Write base + deltas to the new folder `out`.
 
     Whatever has no update keeps its bytes where the format allows. bf16 weights are rounded to nearest; MXFP4
-    experts as `round_merged` describes, or with `calibrate` for their inputs, see `MergedWeights`. config.json is the
+    experts as `merge_mxfp4` describes, or with `calibrate` for their inputs, see `MergedWeights`. config.json is the
     base's, with what the format needs changed. The GGUF formats are one file, `model.gguf`.
 
     Args:
         deltas: by HF weight name: `….self_attn.q_proj.weight`, `….mlp.router.weight`, `….mlp.experts.gate_up_proj`.
+        merged_training: training computed with experts rounded to MXFP4: they are in every format.
 
     Raises:
         UserError: if a delta is for no weight of the base, of another shape or not finite; if the format cannot hold
@@ -101,16 +109,19 @@ def merge(
     """
     check_deltas(base.spec, deltas)
     if format == "gguf" or format == "gguf_q8_0":
-        return _merge_gguf(base, deltas, out, format, calibrate, progress)
+        return _merge_gguf(base, deltas, out, format, calibrate, merged_training, progress)
     with whole_folder(out, num_bytes=base.spec.num_bytes(format)) as folder, row_workers() as pool:
-        weights, manifest = MergedWeights(base, deltas, pool, calibrate), Manifest(folder)
+        weights = MergedWeights(base, deltas, pool, calibrate, merged_training=merged_training)
+        manifest = Manifest(folder)
         (folder / "config.json").write_bytes(_config(base, format))
         if format != "original":
             copy_tokenizer(base, folder)
         write_shards(folder, weights.entries(format), open_file=manifest.open, progress=progress)
         manifest.write(format)
     num_copied = sum(map(weights.is_copied, base.spec.tensors("bf16" if format == "bf16" else "mxfp4")))
-    return MergeReport(format, weights.updates, num_copied, weights.num_calibrated, weights.num_nearest)
+    return MergeReport(
+        format, weights.updates, num_copied, weights.num_calibrated, weights.num_nearest, merged_training
+    )
 
 
 def copy_tokenizer(base: Checkpoint, folder: Path) -> None:
@@ -128,6 +139,7 @@ def _merge_gguf(
     out: Path,
     format: GgufFormat,
     calibrate: Calibrate | None,
+    merged_training: bool,
     progress: bool,
 ) -> MergeReport:
     check_representable(base.spec)
@@ -140,7 +152,9 @@ def _merge_gguf(
         manifest.write(format)
     rounded = {GGMLQuantizationType.Q8_0} | ({GGMLQuantizationType.MXFP4} if base.layout == "bf16" else set())
     num_copied = sum(name not in deltas and parts[0].type not in rounded for name, parts in tensors.items())
-    return MergeReport(format, weights.updates, num_copied, weights.num_calibrated, weights.num_nearest)
+    return MergeReport(
+        format, weights.updates, num_copied, weights.num_calibrated, weights.num_nearest, merged_training
+    )
 
 
 def _config(base: Checkpoint, format: Layout) -> bytes:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from gptoss_ft.export.deltas import LowRankDelta
-from gptoss_ft.kernels.dispatch import dequantize_mxfp4
-from gptoss_ft.kernels.reference import BLOCK_SIZE
+from gptoss_ft.kernels.codec import quantize_mxfp4
+from gptoss_ft.kernels.dispatch import dequantize_mxfp4, merge_bf16, merge_mxfp4
+from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 from gptoss_ft.model import layouts
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.shards import Entry, Producer
 from gptoss_ft.model.spec import Layout, TensorSpec
 from gptoss_ft.mxfp4.calibrated import CalibratedRounding
-from gptoss_ft.mxfp4.codec import quantize_mxfp4
 from gptoss_ft.mxfp4.round import UpdateStats, measure_update, round_merged
 
 # Rows that a worker handles at once: at 2,880 columns its fp32 and fp64 temporaries stay near 30 MB.
@@ -40,6 +40,8 @@ class MergedWeights:
     Args:
         calibrate: asked for every expert of a packed base that has an update, in the order of the layers; without it
             and where it says None, MXFP4 numbers are rounded to nearest.
+        merged_training: of a packed base, updated experts are rounded to MXFP4 in the bf16 layout too, as training
+            through the merge saw them.
 
     Attributes:
         updates: by HF weight name, over the experts that have an update, how it compares with what was written;
@@ -53,8 +55,11 @@ class MergedWeights:
         deltas: Mapping[str, LowRankDelta],
         pool: ThreadPoolExecutor,
         calibrate: Calibrate | None = None,
+        *,
+        merged_training: bool = False,
     ) -> None:
         self.base = base
+        self.merged_training = merged_training
         self.deltas = deltas
         self.pool = pool
         self.calibrate = calibrate
@@ -106,8 +111,8 @@ class MergedWeights:
             update = None if delta is None or factors is None else partial(_rows_of_update, factors, delta.scaling)
             if self.packed:
                 blocks, scales = self._packed_expert(name, expert)
-                if update:
-                    self._add_to_packed(name, expert, blocks, scales, update)
+                if delta and factors:
+                    self._add_to_packed(name, expert, blocks, scales, factors, delta.scaling)
             else:
                 blocks, scales = self._round_to_mxfp4(name, self._expert_as_bf16(name, expert), update)
             yield blocks, scales
@@ -119,6 +124,9 @@ class MergedWeights:
 
     def _bf16_experts(self, name: str) -> Iterator[Tensor]:
         delta = self.deltas.get(name)
+        if self.merged_training:
+            yield from (dequantize_mxfp4(*packed, torch.bfloat16).T for packed in self.packed_experts(name))
+            return
         for expert in range(self.base.spec.num_local_experts):
             weight = self._expert_as_bf16(name, expert)
             factors = delta.factors(expert) if delta else None
@@ -142,24 +150,34 @@ class MergedWeights:
         def add(rows: slice) -> UpdateStats:
             base = weight[rows].float()
             target = base + _rows_of_update(factors, scaling, rows)
-            merged[rows] = target.bfloat16()
+            merged[rows] = merge_bf16(weight[rows], factors[1], factors[0][rows], scaling)
             return measure_update(base, target, merged[rows].float())
 
         self._over_rows(name, weight.shape[0], add)
         return merged
 
     def _add_to_packed(
-        self, name: str, expert: int, blocks: Tensor, scales: Tensor, update: Callable[[slice], Tensor]
+        self,
+        name: str,
+        expert: int,
+        blocks: Tensor,
+        scales: Tensor,
+        factors: tuple[Tensor, Tensor],
+        scaling: float,
     ) -> None:
         rounding = self.calibrate(name, expert) if self.calibrate else None
         self.num_calibrated += rounding is not None
         self.num_nearest += rounding is None
-        to_grid = rounding.round if rounding else round_merged
 
         def add(rows: slice) -> UpdateStats:
-            target = dequantize_mxfp4(blocks[rows], scales[rows], torch.float32) + update(rows)
-            blocks[rows], scales[rows], stats = to_grid(target, blocks[rows], scales[rows])
-            return stats
+            base = dequantize_mxfp4(blocks[rows], scales[rows], torch.float32)
+            target = base + _rows_of_update(factors, scaling, rows)
+            if rounding:
+                blocks[rows], scales[rows], stats = rounding.round(target, blocks[rows], scales[rows])
+                return stats
+            packed = MXFP4Weight(blocks[None, rows], scales[None, rows])
+            (blocks[rows],), (scales[rows],) = merge_mxfp4(packed, factors[1][None], factors[0][None, rows], scaling)
+            return measure_update(base, target, dequantize_mxfp4(blocks[rows], scales[rows], torch.float32))
 
         self._over_rows(name, blocks.shape[0], add)
 

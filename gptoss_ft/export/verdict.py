@@ -28,6 +28,7 @@ WEIGHT_BOUNDS: dict[Kind, float] = {
     "bf16": 1.01 * 2**-8,
     "q8_0": 32**0.5 / 254 + 1.1 * 2**-8,
     "mxfp4": 0.4,
+    "merged": 0.0,
 }
 
 # bf16 arithmetic, in which servers run these models, moves logits by 0.8 % of their spread; weights rounded to bf16

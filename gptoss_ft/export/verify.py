@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gptoss_ft.adapters.merged import compute_merged
 from gptoss_ft.adapters.save import load_adapter
 from gptoss_ft.data.sample import IGNORED_LABEL, Sample
 from gptoss_ft.errors import UserError
@@ -67,7 +68,14 @@ class Excerpt:
 
 
 def verify_export(
-    *, base: Path, adapter: Path, export: Path, samples: Sequence[Sample], max_tokens: int, progress: bool = True
+    *,
+    base: Path,
+    adapter: Path,
+    export: Path,
+    samples: Sequence[Sample],
+    max_tokens: int,
+    merged_training: bool = False,
+    progress: bool = True,
 ) -> VerifyReport:
     """Compare an exported adapter or checkpoint with base + adapter, in fp32 on the CPU.
 
@@ -78,6 +86,7 @@ def verify_export(
         adapter: what training saved, in PEFT's layout.
         samples: rows to compare on, used from the first on.
         max_tokens: positions to compare at most, of those that carry loss.
+        merged_training: the adapter was trained through the rounding of its merge, see `compute_merged`.
         progress: show a bar for every program on stderr.
 
     Raises:
@@ -88,9 +97,11 @@ def verify_export(
     check_hashes(export, progress=progress)
     format, contents = open_export(base_checkpoint, export)
     excerpts = select_positions(samples, max_tokens)
-    weights = check_weights(base_checkpoint, adapter, contents, progress)
+    weights = check_weights(base_checkpoint, adapter, contents, progress, merged_training=merged_training)
     del contents
-    trained_PV, base_distances = trained_logits(base_checkpoint, adapter, excerpts, progress)
+    trained_PV, base_distances = trained_logits(
+        base_checkpoint, adapter, excerpts, progress, merged_training=merged_training
+    )
     readings, not_run = read_export(base, export, format, excerpts, trained_PV, progress)
     return VerifyReport(
         export=export,
@@ -164,11 +175,13 @@ def select_positions(samples: Sequence[Sample], max_tokens: int) -> list[Excerpt
     return excerpts
 
 
-def check_weights(base: Checkpoint, adapter: Path, contents: Contents, progress: bool = False) -> WeightCheck:
+def check_weights(
+    base: Checkpoint, adapter: Path, contents: Contents, progress: bool = False, *, merged_training: bool = False
+) -> WeightCheck:
     """Compare all weights, file with file."""
     deltas = read_adapter(adapter, base.spec)
     distances = (
-        checkpoint_distances(base, deltas, contents)
+        checkpoint_distances(base, deltas, contents, merged_training=merged_training)
         if isinstance(contents, Checkpoint | GgufModel)
         else delta_distances(deltas, contents)
     )
@@ -176,12 +189,19 @@ def check_weights(base: Checkpoint, adapter: Path, contents: Contents, progress:
 
 
 def trained_logits(
-    base: Checkpoint, adapter: Path, excerpts: Sequence[Excerpt], progress: bool = False
+    base: Checkpoint,
+    adapter: Path,
+    excerpts: Sequence[Excerpt],
+    progress: bool = False,
+    *,
+    merged_training: bool = False,
 ) -> tuple[Tensor, Distances]:
     """The trained model's logits `[P, V]`, and how far the base without the adapter is from them."""
     with _bar("the trained model", 2 * len(excerpts), progress) as bar:
         try:
             model, _ = load_adapter(load_in_fp32(base), adapter)
+            if merged_training:
+                compute_merged(model)
         except NotRun as reason:
             raise UserError(f"not verified: the trained model cannot be opened here: {reason}") from reason
         reader = transformers_reader(model)

@@ -15,13 +15,13 @@ from torch.nn.functional import pad
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.gguf_layout import through_q8_0
 from gptoss_ft.export.gguf_read import GgufModel
-from gptoss_ft.kernels.dispatch import dequantize_mxfp4
-from gptoss_ft.kernels.reference import BLOCK_SIZE
+from gptoss_ft.kernels.dispatch import dequantize_mxfp4, merge_bf16, merge_mxfp4
+from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 from gptoss_ft.model.checkpoint import Checkpoint
 
 CHUNK_ROWS = 4096
 
-Kind = Literal["copied", "update", "bf16", "q8_0", "mxfp4"]
+Kind = Literal["copied", "update", "bf16", "q8_0", "mxfp4", "merged"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class WeightDistance:
 
     Attributes:
         name: HF name of the bf16 layout.
-        kind: what it is to be: unchanged, an adapter's update, or rounded to a format.
+        kind: what it is to be: unchanged, an adapter's update, rounded to a format, or the very numbers that training
+            through the merge computed with.
     """
 
     name: str
@@ -44,17 +45,33 @@ class WeightDistance:
 
 
 def checkpoint_distances(
-    base: Checkpoint, deltas: Mapping[str, LowRankDelta], export: Checkpoint | GgufModel
+    base: Checkpoint,
+    deltas: Mapping[str, LowRankDelta],
+    export: Checkpoint | GgufModel,
+    *,
+    merged_training: bool = False,
 ) -> Iterator[WeightDistance]:
-    """How far every tensor of a merged model is from base + deltas, experts one by one."""
+    """How far every tensor of a merged model is from base + deltas, experts one by one.
+
+    Args:
+        merged_training: base + deltas is what training through the merge computed with, rounded as it was there.
+    """
     rounded = export.rounded if isinstance(export, GgufModel) else set()
     for name, tensor in base.spec.tensors("bf16").items():
         delta = deltas.get(name)
         if len(tensor.shape) == 3:
             for expert in range(tensor.shape[0]):
-                target_OK, found_OK = _expert(base, name, expert), _expert(export, name, expert)
+                found_OK = _expert(export, name, expert)
+                if merged_training and delta and (factors := delta.factors(expert)):
+                    target_OK = _merged_expert(base, name, expert, factors, delta.scaling)
+                    yield WeightDistance(name, "merged", worst_block(target_OK, found_OK), expert)
+                    continue
+                target_OK = _expert(base, name, expert)
                 changed = _add(target_OK, delta, expert)
                 yield WeightDistance(name, _kind(base, export, changed), worst_block(target_OK, found_OK), expert)
+        elif merged_training and name not in rounded and delta and (factors := delta.factors()):
+            target_OK = merge_bf16(base.read(name), factors[1], factors[0], delta.scaling)
+            yield WeightDistance(name, "merged", worst_block(target_OK, export.read(name)))
         elif delta is not None and delta.factors():
             target_OK = base.read(name).float()
             _add(target_OK, delta)
@@ -105,6 +122,13 @@ def _expert(checkpoint: Checkpoint | GgufModel, name: str, expert: int) -> Tenso
     if checkpoint.layout == "bf16":
         return read(name).T.float()
     return dequantize_mxfp4(read(f"{name}_blocks"), read(f"{name}_scales"), torch.float32)
+
+
+def _merged_expert(base: Checkpoint, name: str, expert: int, factors: tuple[Tensor, Tensor], scaling: float) -> Tensor:
+    """An expert's weight as training through the merge computed with it, fp32 [O, K]."""
+    packed = MXFP4Weight(*(base.read(f"{name}_{part}", expert, expert + 1) for part in ("blocks", "scales")))
+    merged = merge_mxfp4(packed, factors[1][None], factors[0][None], scaling)
+    return dequantize_mxfp4(*merged, torch.float32)[0]
 
 
 def _add(weight_OK: Tensor, delta: LowRankDelta | None, expert: int | None = None) -> bool:

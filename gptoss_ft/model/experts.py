@@ -55,9 +55,14 @@ def experts_forward(
     experts_TK: Tensor,
     routing_weights_TK: Tensor,
     low_rank: Mapping[str, Sequence[LowRank]] | None = None,
+    *,
+    merged: bool = False,
 ) -> Tensor:
-    """`GptOssExperts.forward` with optional LoRA per projection name, over packed or dense weights: `[T, H]`."""
-    gate_up, down = (_projection(experts, name, (low_rank or {}).get(name, ())) for name in PROJECTIONS)
+    """`GptOssExperts.forward` with optional LoRA per projection name, over packed or dense weights: `[T, H]`.
+
+    With `merged` the weights are packed, and multiplied with their updates merged into them and rounded.
+    """
+    gate_up, down = (_projection(experts, name, (low_rank or {}).get(name, ()), merged) for name in PROJECTIONS)
     return expert_block(
         hidden_TH, experts_TK, routing_weights_TK, gate_up, down, alpha=experts.alpha, limit=experts.limit
     )
@@ -75,9 +80,9 @@ def projection_inputs(
     return {"gate_up_proj": x_NH, "down_proj": act_NI}, ends_E
 
 
-def _projection(experts: Experts, name: str, low_rank: Sequence[LowRank]) -> ExpertProjection:
+def _projection(experts: Experts, name: str, low_rank: Sequence[LowRank], merged: bool = False) -> ExpertProjection:
     if isinstance(experts, PackedExperts):
         weight = MXFP4Weight(getattr(experts, f"{name}_blocks"), getattr(experts, f"{name}_scales"))
     else:
         weight = getattr(experts, name)
-    return ExpertProjection(weight, getattr(experts, f"{name}_bias"), low_rank)
+    return ExpertProjection(weight, getattr(experts, f"{name}_bias"), low_rank, merged and bool(low_rank))

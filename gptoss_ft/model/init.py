@@ -22,12 +22,12 @@ from torch import Tensor
 
 from gptoss_ft.errors import ConfigError
 from gptoss_ft.files import whole_folder
+from gptoss_ft.kernels.codec import SIGN_BIT
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MAGNITUDES, SCALE_BIAS, dequantize_mxfp4
 from gptoss_ft.model import layouts
 from gptoss_ft.model.shards import Entry, Producer, write_shards
 from gptoss_ft.model.spec import SPECS, GptOssSpec, Layout, TensorSpec
 from gptoss_ft.model.tokenizer import write_tokenizer_files
-from gptoss_ft.mxfp4.codec import SIGN_BIT
 
 EMBEDDING_STD = 1.0
 # Logits of std 3.4: a frozen head much smaller than this caps them and leaves adapters little to learn with.

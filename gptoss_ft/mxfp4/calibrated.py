@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gptoss_ft.kernels.codec import quantize_mxfp4
 from gptoss_ft.kernels.dispatch import dequantize_mxfp4, round_columns
 from gptoss_ft.kernels.reference import BLOCK_SIZE, scale_values
-from gptoss_ft.mxfp4.codec import quantize_mxfp4
 from gptoss_ft.mxfp4.round import UpdateStats, measure_update, round_merged
 
 # Added to the diagonal of H as a share of its mean. Of 0.01, 0.03 and 0.1, for 4,096 inputs of 2,880 features, 0.03 was

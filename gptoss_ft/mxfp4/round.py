@@ -1,10 +1,6 @@
-"""Round an updated weight to MXFP4 without disturbing what the update leaves alone.
+"""Round an updated weight to MXFP4, and measure what that keeps of the update.
 
-Shape suffixes: O rows · K columns (32·G) · G blocks of a row · V elements of a block (32).
-
-The common scale rules step exactly where numbers of the grid lie, so a nudge of a block's largest element can
-double its step and cost far more than the update. The base's scales are therefore kept, and a block takes the
-"even" scale only where that lowers its own squared error.
+Shape suffixes: O rows · K columns (32·G) · G blocks of a row
 """
 
 from dataclasses import dataclass
@@ -12,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptoss_ft.kernels.reference import BLOCK_SIZE, dequantize_mxfp4
-from gptoss_ft.mxfp4.codec import SIGN_BIT, even_scales, pack_nibbles, quantize_mxfp4, unpack_nibbles
+from gptoss_ft.kernels.dispatch import dequantize_mxfp4
+from gptoss_ft.kernels.merging import round_near
 
 
 @dataclass(frozen=True)
@@ -83,42 +79,15 @@ def measure_update(base: Tensor, target: Tensor, written: Tensor) -> UpdateStats
 
 
 def round_merged(target: Tensor, base_blocks: Tensor, base_scales: Tensor) -> tuple[Tensor, Tensor, UpdateStats]:
-    """Round `target` [O, K], fp32, to the nearest MXFP4 numbers near a base of blocks [O, G, 16] and scales [O, G].
+    """`round_near`, and how its result compares with target - base.
 
-    An element whose value stays keeps its base code, so that a block that does not change keeps its bytes, zeros
-    of either sign included.
-
-    Returns:
-        Blocks, scales, and how the result compares with target - base.
+    Args:
+        target: [O, K], fp32.
+        base_blocks: [O, G, 16].
+        base_scales: [O, G].
     """
-    base = dequantize_mxfp4(base_blocks, base_scales, torch.float32)
-    blocks, _ = quantize_mxfp4(target, base_scales)
-    blocks, scales = _keep_base_zeros(blocks, base_blocks), base_scales.clone()
-    written = dequantize_mxfp4(blocks, scales, torch.float32)
-    # Only blocks whose scale would differ are worth a second rounding: few, or none, of a base that "even" rounded.
-    even = even_scales(target)
-    candidates = even != base_scales
-    wanted_NV = _in_blocks(target)[candidates]
-    even_blocks, even_scale = quantize_mxfp4(wanted_NV, even[candidates].unsqueeze(-1))
-    even_values = dequantize_mxfp4(even_blocks, even_scale, torch.float32)
-    better = _squared_error(even_values, wanted_NV) < _squared_error(_in_blocks(written)[candidates], wanted_NV)
-    rescaled = candidates.masked_scatter(candidates, better)
-    blocks[rescaled] = even_blocks[better].squeeze(-2)
-    scales[rescaled] = even[rescaled]
-    _in_blocks(written)[rescaled] = even_values[better]
+    blocks, scales = round_near(target, base_blocks, base_scales)
+    base, written = (
+        dequantize_mxfp4(*packed, torch.float32) for packed in ((base_blocks, base_scales), (blocks, scales))
+    )
     return blocks, scales, measure_update(base, target, written)
-
-
-def _in_blocks(values: Tensor) -> Tensor:
-    return values.unflatten(-1, (-1, BLOCK_SIZE))
-
-
-def _squared_error(values: Tensor, wanted: Tensor) -> Tensor:
-    return (values - wanted).double().square().sum(-1)
-
-
-def _keep_base_zeros(blocks: Tensor, base_blocks: Tensor) -> Tensor:
-    """Where a zero stays zero, keep the sign its base code has."""
-    codes, base_codes = unpack_nibbles(blocks), unpack_nibbles(base_blocks)
-    both_zero = ((codes | base_codes) & (SIGN_BIT - 1)) == 0
-    return pack_nibbles(torch.where(both_zero, base_codes, codes))

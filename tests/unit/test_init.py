@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from gptoss_ft.errors import ConfigError, UserError
+from gptoss_ft.kernels.codec import quantize_mxfp4, unpack_nibbles
 from gptoss_ft.kernels.reference import dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint, random_expert
 from gptoss_ft.model.spec import SPECS
-from gptoss_ft.mxfp4.codec import quantize_mxfp4, unpack_nibbles
 
 SPEC = replace(SPECS["tiny"], vocab_size=2048, num_hidden_layers=2)
 

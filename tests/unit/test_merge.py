@@ -14,11 +14,11 @@ from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import export_adapter, read_adapter
 from gptoss_ft.export.deltas import LowRankDelta, weight_shapes
 from gptoss_ft.export.merge import merge
+from gptoss_ft.kernels.codec import even_scales, quantize_mxfp4
 from gptoss_ft.kernels.reference import dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.spec import SPECS
-from gptoss_ft.mxfp4.codec import even_scales, quantize_mxfp4
 
 SMALL = replace(SPECS["tiny"], vocab_size=96, num_hidden_layers=2, eos_token_id=1, pad_token_id=0)
 SPECS_UNDER_TEST = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gptoss_ft.kernels import cpu_rounding, reference
+from gptoss_ft.kernels.codec import quantize_mxfp4
 from gptoss_ft.mxfp4.calibrated import MIN_INPUTS, CalibratedRounding
-from gptoss_ft.mxfp4.codec import quantize_mxfp4
 from gptoss_ft.mxfp4.round import round_merged
 
 O, K, RANK = 64, 288, 4

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptoss_ft.kernels.codec import even_scales, pack_nibbles, quantize_mxfp4, unpack_nibbles
 from gptoss_ft.kernels.reference import ELEMENTS, MAGNITUDES, dequantize_mxfp4
-from gptoss_ft.mxfp4.codec import even_scales, pack_nibbles, quantize_mxfp4, unpack_nibbles
 
 
 def random_packed(*leading, seed=0):

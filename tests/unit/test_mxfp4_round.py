@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from gptoss_ft.kernels.codec import even_scales, quantize_mxfp4, unpack_nibbles
 from gptoss_ft.kernels.reference import dequantize_mxfp4
-from gptoss_ft.mxfp4.codec import even_scales, quantize_mxfp4, unpack_nibbles
 from gptoss_ft.mxfp4.round import UpdateStats, measure_update, round_merged
 
 

@@ -1,0 +1,109 @@
+// Merging low-rank updates into frozen weights: base + B A, rounded to what a merged checkpoint holds.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "mxfp4.h"
+#include "parallel.h"
+#include "targets.h"
+
+namespace gptoss_ft {
+namespace {
+
+constexpr int64_t kStripBlocks = 4;  // 64 bytes of a row's blocks: one line of the cache
+constexpr int64_t kRunRows = 64;     // rows for which a strip of A is reordered once
+
+struct PackedMerge {
+    const uint8_t* base_blocks;  // [experts, rows, groups, 16]
+    const uint8_t* base_scales;  // [experts, rows, groups]
+    const float* A;              // [experts, rank, 32 * groups]
+    const float* B;              // [rank, experts, rows], the scaling in it
+    uint8_t* blocks;
+    uint8_t* scales;
+    int64_t experts, rows, groups, rank;
+};
+
+struct DenseMerge {
+    DType dtype;
+    const void* base;  // [rows, columns]
+    const float* A;    // [rank, columns]
+    const float* B;    // [rows, rank], the scaling in it
+    void* out;
+    int64_t columns, rank;
+};
+
+namespace portable {
+#define TARGET
+#define WIDTH 4
+#define MERGE_ROWS 1
+#include "merge.h"
+#undef TARGET
+#undef WIDTH
+#undef MERGE_ROWS
+}  // namespace portable
+
+#ifdef GPTOSS_FT_X86
+namespace avx2 {
+#define TARGET AVX2_TARGET
+#define WIDTH 8
+#define MERGE_ROWS 2
+#include "merge.h"
+#undef TARGET
+#undef WIDTH
+#undef MERGE_ROWS
+}  // namespace avx2
+
+namespace avx512 {
+#define TARGET AVX512_TARGET
+#define WIDTH 16
+#define MERGE_ROWS 4
+#include "merge.h"
+#undef TARGET
+#undef WIDTH
+#undef MERGE_ROWS
+}  // namespace avx512
+#endif
+
+}  // namespace
+}  // namespace gptoss_ft
+
+// `wanted` are the numbers of the `count` experts to merge; the others' bytes are not written.
+extern "C" __attribute__((visibility("default"))) int gptoss_ft_merge_mxfp4(
+    int isa, int threads, const uint8_t* base_blocks, const uint8_t* base_scales, const float* A, const float* B,
+    const int64_t* wanted, int64_t count, int64_t experts, int64_t rows, int64_t groups, int64_t rank,
+    uint8_t* blocks, uint8_t* scales) {
+    using namespace gptoss_ft;
+    auto merge_rows = &portable::merge_packed_rows;
+#ifdef GPTOSS_FT_X86
+    if (isa == kAvx2) merge_rows = &avx2::merge_packed_rows;
+    if (isa == kAvx512Bf16) merge_rows = &avx512::merge_packed_rows;
+#endif
+    const PackedMerge all{base_blocks, base_scales, A, B, blocks, scales, experts, rows, groups, rank};
+    const int64_t runs = ceil_div(rows, kRunRows);
+    const int64_t strips = kStripBlocks * kBlock * rank;
+    for_each_item(threads, count * runs, 1, [&] {
+        return [&, scratch = std::vector<float>(strips + kRunRows * rank)](int64_t item) mutable {
+            const int64_t first = item % runs * kRunRows;
+            merge_rows(all, wanted[item / runs], first, std::min(kRunRows, rows - first), scratch.data(),
+                       scratch.data() + strips);
+        };
+    });
+    return 0;
+}
+
+extern "C" __attribute__((visibility("default"))) int gptoss_ft_merge_bf16(
+    int isa, int threads, int dtype, const void* base, const float* A, const float* B, int64_t rows, int64_t columns,
+    int64_t rank, void* out) {
+    using namespace gptoss_ft;
+    auto merge_row = &portable::merge_dense_rows;
+#ifdef GPTOSS_FT_X86
+    if (isa == kAvx2) merge_row = &avx2::merge_dense_rows;
+    if (isa == kAvx512Bf16) merge_row = &avx512::merge_dense_rows;
+#endif
+    const DenseMerge all{static_cast<DType>(dtype), base, A, B, out, columns, rank};
+    for_each_item(threads, rows, 16, [&] { return [&](int64_t row) { merge_row(all, row); }; });
+    return 0;
+}

@@ -1,0 +1,120 @@
+"""Merging low-rank updates into frozen weights, in plain torch: the bytes that a merged checkpoint holds.
+
+Training through a merge and exporting it must agree to the last bit, whatever the device, the instruction set and the
+number of threads. So the arithmetic is fixed: the update is summed over the ranks in ascending order, each product and
+each sum rounded to fp32 by itself (no fused multiply-add), and added to the base last.
+
+R LoRA rank · E experts · O out rows · I in columns (32·G) · G blocks of a row · B bytes of a block (16)
+V elements of a block (32)
+"""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from gptoss_ft.kernels.codec import SIGN_BIT, even_scales, pack_nibbles, quantize_mxfp4, unpack_nibbles
+from gptoss_ft.kernels.reference import BLOCK_SIZE, SCALE_NAN, MXFP4Weight, dequantize_mxfp4
+
+# Rows whose fp32 temporaries exist at once: 3 MB each at 2,880 columns.
+TILE_ROWS = 256
+
+
+def merge_mxfp4(
+    weight: MXFP4Weight,
+    A_ERI: Tensor,
+    B_EOR: Tensor,
+    scaling: float,
+    ends_E: Sequence[int] | None = None,
+    experts: Collection[int] | None = None,
+) -> MXFP4Weight:
+    """`weight + scaling · B[e] @ A[e]` in MXFP4, rounded as `round_near` does.
+
+    Args:
+        ends_E: where the rows of each expert end; those without rows are left out and hold anything. None: all are in.
+        experts: those that have an update, the others keep their bytes; None means all.
+    """
+    blocks_EOGB, scales_EOG = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in weight)
+    for expert in experts_with_rows(len(blocks_EOGB), ends_E):
+        blocks_OGB, scales_OG = weight.blocks_EOGB[expert], weight.scales_EOG[expert]
+        if experts is not None and expert not in experts:
+            blocks_EOGB[expert], scales_EOG[expert] = blocks_OGB, scales_OG
+            continue
+        for start in range(0, len(blocks_OGB), TILE_ROWS):
+            rows = slice(start, start + TILE_ROWS)
+            base_OI = dequantize_mxfp4(blocks_OGB[rows], scales_OG[rows], torch.float32)
+            target_OI = base_OI + low_rank_update(A_ERI[expert], B_EOR[expert, rows], scaling)
+            blocks_EOGB[expert, rows], scales_EOG[expert, rows] = round_near(
+                target_OI, blocks_OGB[rows], scales_OG[rows]
+            )
+    return MXFP4Weight(blocks_EOGB, scales_EOG)
+
+
+def merge_bf16(weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """The bf16 numbers nearest to `weight + scaling · B @ A`, in the dtype of the weight: `[O, I]`."""
+    merged_OI = torch.empty_like(weight_OI, memory_format=torch.contiguous_format)
+    for start in range(0, len(weight_OI), TILE_ROWS):
+        rows = slice(start, start + TILE_ROWS)
+        merged_OI[rows] = (weight_OI[rows].float() + low_rank_update(A_RI, B_OR[rows], scaling)).bfloat16()
+    return merged_OI
+
+
+def low_rank_update(A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """`scaling · B @ A` in fp32, by the arithmetic of this file: `[O, I]`."""
+    A_RI, B_OR = A_RI.float(), B_OR.float() * scaling
+    update_OI = B_OR[:, :1] * A_RI[0]
+    for rank in range(1, len(A_RI)):
+        # Two operations, for addmm and addcmul may fuse them.
+        update_OI += B_OR[:, rank : rank + 1] * A_RI[rank]
+    return update_OI
+
+
+def round_near(target_OI: Tensor, base_blocks_OGB: Tensor, base_scales_OG: Tensor) -> tuple[Tensor, Tensor]:
+    """Round fp32 numbers `[O, I]` to MXFP4, with the base's scales unless "even" ones lower a block's squared error.
+
+    The common scale rules step exactly where numbers of the grid lie, so a nudge of a block's largest element can
+    double its step and cost far more than the update. A zero that stays zero keeps the sign it has in the base, so that
+    a block that does not change keeps its bytes. A block with a number that is not finite keeps its codes and becomes
+    NaN by its scale.
+
+    Returns:
+        Blocks `[O, G, 16]` and scales `[O, G]`.
+    """
+    blocks, _ = quantize_mxfp4(target_OI, base_scales_OG)
+    blocks, scales = _keep_base_zeros(blocks, base_blocks_OGB), base_scales_OG.clone()
+    # Only blocks whose scale would differ are worth a second rounding: few, or none, of a base that "even" rounded.
+    even = even_scales(target_OI)
+    not_finite = even == SCALE_NAN
+    candidates = (even != base_scales_OG) & ~not_finite
+    wanted_NV = target_OI.unflatten(-1, (-1, BLOCK_SIZE))[candidates]
+    even_blocks, even_scale = quantize_mxfp4(wanted_NV, even[candidates].unsqueeze(-1))
+    kept_sq = _squared_error(blocks[candidates].unsqueeze(-2), scales[candidates].unsqueeze(-1), wanted_NV)
+    better = _squared_error(even_blocks, even_scale, wanted_NV) < kept_sq
+    rescaled = candidates.masked_scatter(candidates, better)
+    blocks[rescaled] = even_blocks[better].squeeze(-2)
+    scales[rescaled] = even[rescaled]
+    blocks[not_finite], scales[not_finite] = base_blocks_OGB[not_finite], SCALE_NAN
+    return blocks, scales
+
+
+def experts_with_rows(num_experts: int, ends_E: Sequence[int] | None) -> list[int]:
+    """The numbers of the experts that have rows, or of all."""
+    if ends_E is None:
+        return list(range(num_experts))
+    return [expert for expert in range(num_experts) if ends_E[expert] > (ends_E[expert - 1] if expert else 0)]
+
+
+def _squared_error(blocks: Tensor, scales: Tensor, wanted_NV: Tensor) -> Tensor:
+    """Of each block, `[N]` in fp64, added up in a fixed order: what it decides is to be the same everywhere."""
+    square = (dequantize_mxfp4(blocks, scales, torch.float32) - wanted_NV).double().square()
+    square = square[:, 0::2] + square[:, 1::2]
+    while square.shape[1] > 1:
+        low, high = square.chunk(2, dim=1)
+        square = low + high
+    return square[:, 0]
+
+
+def _keep_base_zeros(blocks: Tensor, base_blocks: Tensor) -> Tensor:
+    codes, base_codes = unpack_nibbles(blocks), unpack_nibbles(base_blocks)
+    both_zero = ((codes | base_codes) & (SIGN_BIT - 1)) == 0
+    return pack_nibbles(torch.where(both_zero, base_codes, codes))

@@ -1,0 +1,134 @@
+"""Merge-aware training: what the last forward pass computed with is, byte for byte, what is exported."""
+
+import json
+
+import pytest
+import torch
+
+from gptoss_ft.adapters.merged import compute_merged
+from gptoss_ft.adapters.save import load_adapter
+from gptoss_ft.cli import main
+from gptoss_ft.config.load import load_train_config
+from gptoss_ft.errors import ConfigError, UserError
+from gptoss_ft.kernels import experts
+from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.load import load_base
+from gptoss_ft.recipes import qat, sft
+from gptoss_ft.recipes.export import export_run
+
+PROJECTIONS = ("gate_up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base, four_rows, tmp_path_factory):
+    """A run folder, and of every expert product of the last forward pass where rows end and what was multiplied."""
+    folder = tmp_path_factory.mktemp("runs") / "qat"
+    words = ["config=qat_tiny", f"run.dir={folder}", f"model.path={tiny_base}", f"data.path={four_rows}"]
+    words += [f"data.eval_path={four_rows}", "data.eval_fraction=0", "adapter.targets=[attention,router,experts]"]
+    words += ["trainer.max_steps=3", "trainer.warmup_steps=0", "trainer.learning_rate=1e-2"]
+    words += ["trainer.gradient_checkpointing=true", "export.formats=[mxfp4,bf16]"]
+    seen = []
+    merge = experts.dispatch.merge_mxfp4
+
+    def noting(weight, A, B, scaling, ends_E, chosen):
+        merged = merge(weight, A, B, scaling, ends_E, chosen)
+        seen.append((ends_E, merged))
+        return merged
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(experts.dispatch, "merge_mxfp4", noting)
+        cfg = load_train_config(words)
+        assert qat.main(cfg) == folder
+    num_layers = Checkpoint.open(tiny_base).spec.num_hidden_layers
+    return folder, seen[-2 * num_layers :]
+
+
+@pytest.fixture(scope="module")
+def trained_model(trained, tiny_base):
+    model, _ = load_adapter(load_base(tiny_base, dtype=torch.float32), trained[0] / "adapter")
+    return compute_merged(model)
+
+
+def test_exported_experts_have_the_bytes_of_the_last_forward_pass(trained, tiny_base):
+    folder, last_pass = trained
+    base, exported = Checkpoint.open(tiny_base), Checkpoint.open(folder / "export" / "mxfp4")
+    compared = changed = 0
+    for i, (ends_E, merged) in enumerate(last_pass):
+        name = f"model.layers.{i // 2}.mlp.experts.{PROJECTIONS[i % 2]}"
+        for expert in experts.dispatch.merging.experts_with_rows(len(ends_E), ends_E):
+            for part, tensor in zip(("blocks", "scales"), merged, strict=True):
+                (found,) = exported.read(f"{name}_{part}", expert, expert + 1)
+                assert torch.equal(tensor[expert], found), (name, part, expert)
+                changed += not torch.equal(base.read(f"{name}_{part}", expert, expert + 1)[0], found)
+                compared += 1
+    assert compared > len(last_pass) * 4
+    assert changed > compared / 4
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "bf16"])
+def test_every_export_is_the_trained_model_bit_for_bit(format, trained, trained_model, tiny_base):
+    exported = load_base(
+        trained[0] / "export" / format, precision="bf16" if format == "bf16" else "mxfp4", dtype=torch.float32
+    )
+    ids = torch.randint(0, 200_000, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = trained_model(input_ids=ids).logits, exported(input_ids=ids).logits
+        base = load_base(tiny_base, dtype=torch.float32)(input_ids=ids).logits
+    if format == "bf16":  # dense products add up in another order
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(theirs, ours)
+    assert (base - ours).abs().max() > 1e-2
+
+
+def test_reports_say_what_was_done(trained):
+    folder, _ = trained
+    merged = json.loads((folder / "merge-mxfp4.json").read_text())
+    assert merged["merged_training"] and merged["overall"]["changed_share"] > 0
+    verified = json.loads((folder / "verify-mxfp4.json").read_text())
+    assert verified["passed"] and verified["weights"]["worst"]["merged"]["relative"] == 0
+    assert "merge" in (folder / "adapter" / "README.md").read_text().lower()
+
+
+def test_held_out_loss_is_of_the_merged_model(trained, trained_model, four_rows):
+    folder, _ = trained
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    reported = [line["eval_loss_nats"] for line in lines if "eval_loss_nats" in line][-1]
+    cfg = load_train_config([f"config={folder / 'config.yaml'}"])
+    _, eval_set = sft.build_datasets(cfg.data, cfg.seed)
+    total = count = 0
+    with torch.no_grad():
+        for sample in eval_set:
+            logits = trained_model(input_ids=torch.as_tensor(sample["input_ids"], dtype=torch.int64)[None]).logits[
+                0, :-1
+            ]
+            labels = torch.as_tensor(sample["labels"], dtype=torch.int64)[1:]
+            total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            count += int((labels >= 0).sum())
+    assert reported == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("format", ["adapter", "adapter_gguf", "adapter_vllm", "adapter_sglang"])
+def test_the_adapter_alone_is_refused(format, trained, tmp_path, capsys):
+    assert main(["export", f"run={trained[0]}", f"format={format}", f"out={tmp_path / 'out'}"]) == 1
+    assert "adapter.qat=true" in (error := capsys.readouterr().err) and "format=mxfp4" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_rounding_is_refused(trained, tmp_path):
+    with pytest.raises(UserError, match="Export with rounding=nearest"):
+        export_run(trained[0], "mxfp4", tmp_path / "out", calibration_tokens=64)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("adapter.dropout=0.1", "adapter.dropout must be 0 with adapter.qat=true"),
+        ("model.precision=bf16", "adapter.qat=true needs model.precision=mxfp4"),
+        ("export.formats=[mxfp4,adapter_vllm]", "must not name adapter_vllm with adapter.qat=true"),
+        ("export.rounding=calibrated", "export.rounding must be nearest with adapter.qat=true"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(word, message):
+    with pytest.raises(ConfigError, match=message):
+        load_train_config(["config=qat_tiny", word])
