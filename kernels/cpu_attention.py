@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from gptoss_ft.kernels.cpu_library import DTYPES, INT, LONG, POINTER, check, common, current_isa, function, running_in
+from gptoss_ft.kernels.reference import Tree
 
 MAX_HEAD_DIM = 256
 
@@ -29,7 +30,9 @@ class _Attention(ctypes.Structure):
 
     _fields_ = (
         *((size, LONG) for size in ("batch", "query_heads", "kv_heads", "queries", "keys", "head_dim", "window")),
-        *((array, POINTER) for array in ("documents", "sinks", "lse")),
+        *((array, POINTER) for array in ("documents", "depths", "visible_until")),
+        ("reach", LONG),
+        *((array, POINTER) for array in ("sinks", "lse")),
         *((view, _View) for view in ("q", "k", "v", "out", "d_out", "dk", "dv")),
         *((array, POINTER) for array in ("dq", "delta", "dsinks")),
         ("scaling", ctypes.c_float),
@@ -59,29 +62,37 @@ def sink_attention(
     scaling: float,
     window: int | None,
     documents_BS: Tensor | None,
+    tree: Tree | None = None,
 ) -> Tensor:
     """`reference.sink_attention`; only the output and one number per row are kept for the backward pass."""
-    return _LibraryAttention.apply(q_BHTD, k_BKSD, v_BKSD, sinks_H, scaling, window, documents_BS)
+    return _LibraryAttention.apply(
+        q_BHTD, k_BKSD, v_BKSD, sinks_H, scaling, window, documents_BS, *(tree or (None, None))
+    )
 
 
 class _LibraryAttention(Function):
     @staticmethod
-    def forward(ctx, q_BHTD, k_BKSD, v_BKSD, sinks_H, scaling, window, documents_BS):  # type: ignore[no-untyped-def]
-        out_BHTD, lse_BHT = sink_attention_forward(
-            q_BHTD, k_BKSD, v_BKSD, sinks_H, scaling=scaling, window=window, documents_BS=documents_BS
-        )
-        ctx.save_for_backward(q_BHTD, k_BKSD, v_BKSD, sinks_H, out_BHTD, lse_BHT, documents_BS)
+    def forward(ctx, q_BHTD, k_BKSD, v_BKSD, sinks_H, scaling, window, documents_BS, *tree):  # type: ignore[no-untyped-def]
+        settings = {"scaling": scaling, "window": window, "documents_BS": documents_BS, "tree": _tree(tree)}
+        out_BHTD, lse_BHT = sink_attention_forward(q_BHTD, k_BKSD, v_BKSD, sinks_H, **settings)
+        ctx.save_for_backward(q_BHTD, k_BKSD, v_BKSD, sinks_H, out_BHTD, lse_BHT, documents_BS, *tree)
         ctx.scaling, ctx.window, ctx.isa = scaling, window, current_isa()
         return out_BHTD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out_BHTD):  # type: ignore[no-untyped-def]
-        *operands, documents_BS = ctx.saved_tensors
+        *operands, documents_BS, depths_BS, visible_until_BS = ctx.saved_tensors
+        settings = {"documents_BS": documents_BS, "tree": _tree((depths_BS, visible_until_BS))}
         gradients = running_in(ctx.isa, sink_attention_backward)(
-            d_out_BHTD, *operands, scaling=ctx.scaling, window=ctx.window, documents_BS=documents_BS
+            d_out_BHTD, *operands, scaling=ctx.scaling, window=ctx.window, **settings
         )
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None, None
+
+
+def _tree(tensors: tuple[Tensor | None, Tensor | None]) -> Tree | None:
+    depths_BS, visible_until_BS = tensors
+    return None if depths_BS is None or visible_until_BS is None else Tree(depths_BS, visible_until_BS)
 
 
 def sink_attention_forward(
@@ -93,6 +104,7 @@ def sink_attention_forward(
     scaling: float,
     window: int | None,
     documents_BS: Tensor | None,
+    tree: Tree | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.sink_attention` and, for the backward pass, the logarithm of each softmax's denominator.
 
@@ -107,8 +119,8 @@ def sink_attention_forward(
     q_BHTD, k_BKSD, v_BKSD = (_rows_contiguous(tensor) for tensor in (q_BHTD, k_BKSD, v_BKSD))
     out_BHTD = _empty_by_token(q_BHTD)
     lse_BHT = q_BHTD.new_empty(q_BHTD.shape[:3], dtype=torch.float32)
-    sinks_H, documents_BS = _small_operands(sinks_H, documents_BS)
-    attention = _attention(q_BHTD, k_BKSD, v_BKSD, sinks_H, scaling, window, documents_BS, out_BHTD, lse_BHT)
+    sinks_H, documents_BS, tree = _small_operands(sinks_H, documents_BS, tree)
+    attention = _attention(q_BHTD, k_BKSD, v_BKSD, sinks_H, scaling, window, documents_BS, tree, out_BHTD, lse_BHT)
     if q_BHTD.numel():
         _call("gptoss_ft_attention_forward", q_BHTD.dtype, attention)
     return out_BHTD, lse_BHT
@@ -126,6 +138,7 @@ def sink_attention_backward(
     scaling: float,
     window: int | None,
     documents_BS: Tensor | None,
+    tree: Tree | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and the sinks, given `out` and `lse` of the forward pass, in the operands' dtypes.
 
@@ -140,8 +153,8 @@ def sink_attention_backward(
     # Every block of keys adds to it: fp32, whatever the dtype of q.
     dq_BHTD = torch.zeros(q_BHTD.shape)
     delta_BHT, dsinks_BH = torch.empty_like(lse_BHT), lse_BHT.new_empty(lse_BHT.shape[:2])
-    fp32_sinks_H, documents_BS = _small_operands(sinks_H, documents_BS)
-    attention = _attention(q_BHTD, k_BKSD, v_BKSD, fp32_sinks_H, scaling, window, documents_BS, out_BHTD, lse_BHT)
+    fp32_sinks_H, documents_BS, tree = _small_operands(sinks_H, documents_BS, tree)
+    attention = _attention(q_BHTD, k_BKSD, v_BKSD, fp32_sinks_H, scaling, window, documents_BS, tree, out_BHTD, lse_BHT)
     attention.d_out, attention.dk, attention.dv = (_view(tensor) for tensor in (d_out_BHTD, dk_BKSD, dv_BKSD))
     attention.dq, attention.delta, attention.dsinks = (t.data_ptr() for t in (dq_BHTD, delta_BHT, dsinks_BH))
     if q_BHTD.numel():
@@ -159,6 +172,7 @@ def _attention(
     scaling: float,
     window: int | None,
     documents_BS: Tensor | None,
+    tree: Tree | None,
     out_BHTD: Tensor,
     lse_BHT: Tensor,
 ) -> _Attention:
@@ -171,11 +185,15 @@ def _attention(
         raise ValueError(f"sinks {tuple(sinks_H.shape)} must be {(H,)}")
     if documents_BS is not None and documents_BS.shape != (B, S):
         raise ValueError(f"documents {tuple(documents_BS.shape)} must be {(B, S)}")
+    if tree is not None and any(array.shape != (B, S) for array in tree):
+        raise ValueError(f"a tree of {', '.join(str(tuple(array.shape)) for array in tree)} must be {(B, S)}")
     if window is not None and window < 1:
         raise ValueError(f"window {window} must be 1 or more: a query sees itself")
     return _Attention(
-        *(B, H, K, T, S, D, S if window is None else min(window, S)),
+        *(B, H, K, T, S, D, S if window is None or tree else min(window, S)),
         None if documents_BS is None else documents_BS.data_ptr(),
+        *((None, None) if tree is None else (array.data_ptr() for array in tree)),
+        S if window is None else min(window, S),
         *(sinks_H.data_ptr(), lse_BHT.data_ptr()),
         *(_view(tensor) for tensor in (q_BHTD, k_BKSD, v_BKSD, out_BHTD)),
         scaling=scaling,
@@ -200,6 +218,9 @@ def _empty_by_token(like_BHTD: Tensor) -> Tensor:
     return like_BHTD.new_empty(B, T, H, D).transpose(1, 2)
 
 
-def _small_operands(sinks_H: Tensor, documents_BS: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _small_operands(
+    sinks_H: Tensor, documents_BS: Tensor | None, tree: Tree | None
+) -> tuple[Tensor, Tensor | None, Tree | None]:
     documents = None if documents_BS is None else documents_BS.to(torch.int32).contiguous()
-    return sinks_H.detach().float().contiguous(), documents
+    tree = tree and Tree(*(array.to(torch.int32).contiguous() for array in tree))
+    return sinks_H.detach().float().contiguous(), documents, tree

@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, 
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gptoss_ft.kernels.gpu import device
+from gptoss_ft.kernels.reference import Tree
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -43,17 +44,21 @@ def sink_attention(
     scaling: float,
     window: int | None,
     documents_BS: Tensor | None,
+    tree: Tree | None = None,
 ) -> Tensor:
     """gpt-oss's causal attention, differentiable in its first four arguments: `[B, H, T, D]`.
 
     A query sees its own position and those before it, `window` in all (None: no limit), which have its number in
     `documents_BS` (None: one document). One of a negative number, as that of padding, sees nothing; its output is zero.
-    The sink is a logit of each query head that takes part in the softmax and has no value.
+    The sink is a logit of each query head that takes part in the softmax and has no value. Where documents are trees, a
+    branch does not see its neighbours, and `window` counts levels.
 
     The first call for a new kind of mask or shape compiles. Masks are kept: those of documents as long as that very
     tensor, so give every layer of a step the same one.
     """
-    if documents_BS is None:
+    if tree is not None:
+        mask = _tree_mask(tree, documents_BS, window)
+    elif documents_BS is None:
         mask = _causal_mask(q_BHTD.shape[-2], window, q_BHTD.device)
     else:
         mask = _documents_mask(documents_BS, window)
@@ -98,6 +103,20 @@ def _documents_mask(documents_BS: Tensor, window: int | None) -> BlockMask:
         sees = and_masks(_sees(window), _same_document(documents_BS.detach()))
         masks[window] = _build_mask(sees, *documents_BS.shape, documents_BS.device)
     return masks[window]
+
+
+def _tree_mask(tree: Tree, documents_BS: Tensor | None, window: int | None) -> BlockMask:
+    depths_BS, until_BS = tree.depths_BS.detach(), tree.visible_until_BS.detach()
+
+    def on_branch(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < until_BS[b, key])
+
+    def near(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return depths_BS[b, query] - depths_BS[b, key] < window
+
+    same = [] if documents_BS is None else [_same_document(documents_BS.detach())]
+    sees = and_masks(on_branch, *([] if window is None else [near]), *same)
+    return _build_mask(sees, *depths_BS.shape, depths_BS.device)
 
 
 def _sees(window: int | None) -> MaskMod:

@@ -204,6 +204,18 @@ def accurate(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class Tree(NamedTuple):
+    """Tokens in depth-first order: what grows from a token follows it without a gap.
+
+    Attributes:
+        depths_BS: how many tokens lead to each, int `[B, S]`.
+        visible_until_BS: the first place behind all that grows from each, from which it is out of sight, `[B, S]`.
+    """
+
+    depths_BS: Tensor
+    visible_until_BS: Tensor
+
+
 def sink_attention(
     q_BHTD: Tensor,
     k_BKSD: Tensor,
@@ -213,6 +225,7 @@ def sink_attention(
     scaling: float,
     window: int | None,
     documents_BS: Tensor | None,
+    tree: Tree | None = None,
 ) -> Tensor:
     """gpt-oss's causal attention, differentiable in its first four arguments: `[B, H, T, D]`.
 
@@ -220,16 +233,25 @@ def sink_attention(
     key/value head h // (H / K). The last T of the S positions are those of the queries. A query sees its own position
     and those before it, `window` in all (None: no limit), which belong to its document: `documents_BS` numbers the
     document of every position (None: one document). A position whose document is negative, as that of padding, sees
-    nothing and is not seen; its output is zero.
+    nothing and is not seen; its output is zero. Where documents are trees, a branch does not see its neighbours, and
+    `window` counts levels.
     """
     H, T = q_BHTD.shape[1:3]
     K, S = k_BKSD.shape[1:3]
     key_S = torch.arange(S, device=q_BHTD.device)
     query_T1 = key_S[S - T :, None]
-    sees_TS = (key_S <= query_T1) & (key_S > query_T1 - (S if window is None else window))
+    sees_TS = key_S <= query_T1
+    if tree is None:
+        sees_TS = sees_TS & (key_S > query_T1 - (S if window is None else window))
+    else:
+        levels_BTS = tree.depths_BS[:, S - T :, None] - tree.depths_BS[:, None]
+        sees_TS = (
+            sees_TS & (query_T1 < tree.visible_until_BS[:, None]) & (levels_BTS < (S if window is None else window))
+        )
     if documents_BS is not None:
         own_BT1 = documents_BS[:, S - T :, None]
         sees_TS = sees_TS & (own_BT1 == documents_BS[:, None]) & (own_BT1 >= 0)
+    if sees_TS.ndim == 3:
         sees_TS = sees_TS[:, None, None]
     q_BKGTD = q_BHTD.unflatten(1, (K, H // K))
     logits = (q_BKGTD @ k_BKSD[:, :, None].mT * scaling).masked_fill(~sees_TS, -math.inf)

@@ -329,11 +329,6 @@ class TrainConfig:
         require_seed(self.seed)
         if self.adapter.qat:
             self._check_merged()
-        if self.data.share_prefixes and self.model.attn_implementation != AttnImplementation.eager:
-            raise ConfigError(
-                "data.share_prefixes needs model.attn_implementation=eager, which alone can tell branches of shared "
-                f"prefixes apart, not {self.model.attn_implementation}"
-            )
 
     def _check_merged(self) -> None:
         """What training through the merge needs, and what can be exported of it."""

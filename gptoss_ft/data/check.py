@@ -77,12 +77,13 @@ class CheckReport:
             "duplicate": "the row repeats an earlier one",
         }
         order = ["no_loss", "too_long", *[name for name in PROBLEMS if name != "no_loss"], "duplicate"]
-        weights = {name: len(order) - position for position, name in enumerate(order)}
-        for name, count in sorted(self.problems.items(), key=lambda item: -weights[item[0]] * item[1]):
-            yield meanings[name], count, self.places[name]
+        weights = {name: 1 + len(order) - position for position, name in enumerate(order)}
+        found = [(weights[name], meanings[name], count, self.places[name]) for name, count in self.problems.items()]
         for answer, count in self._answers.most_common(1):
             if count >= max(COMMON_ROWS, COMMON_SHARE * self.rows):
-                yield "the same answer is given again and again", count, [self._answer_places[answer]]
+                found.append((1, "the same answer is given again and again", count, [self._answer_places[answer]]))
+        for _, meaning, count, places in sorted(found, key=lambda problem: -problem[0] * problem[2]):
+            yield meaning, count, places
 
     def to_dict(self) -> dict[str, object]:
         """The report for programs."""
@@ -126,7 +127,7 @@ class CheckReport:
         problems = list(self.suspected())
         lines.append("suspected problems, by gravity and number" if problems else "no problem suspected")
         for meaning, count, places in problems:
-            lines.append(f"  {count:,} rows: {meaning}")
+            lines.append(f"  {count:,} row{'s' * (count != 1)}: {meaning}")
             lines.append(f"      first in {', '.join(places)}")
         return "\n".join(lines)
 

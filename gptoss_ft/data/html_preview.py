@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from gptoss_ft.data.sample import Sample
-from gptoss_ft.data.spans import CONTROL_NAMES, spans, token_text
+from gptoss_ft.data.spans import CONTROL_NAMES, is_assigned, spans, token_text
+from gptoss_ft.harmony.vocabulary import token_bytes
 
 PLACE = "/*DATA*/"
 
@@ -15,7 +16,7 @@ def preview_page(samples: Sequence[Sample], *, max_length: int) -> str:
     ids = sorted({id_ for sample in samples for id_ in sample.input_ids})
     data = {
         "max_length": max_length,
-        "vocabulary": {id_: [token_text(id_), int(id_ in CONTROL_NAMES)] for id_ in ids},
+        "vocabulary": {id_: _entry(id_) for id_ in ids},
         "samples": [
             {
                 "row": sample.row,
@@ -41,3 +42,15 @@ def preview_page(samples: Sequence[Sample], *, max_length: int) -> str:
     content = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     template = (files("gptoss_ft") / "assets" / "preview.html").read_text(encoding="utf-8")
     return template.replace(PLACE, content)
+
+
+def _entry(id_: int) -> list[str | int]:
+    """A token's text, 1 for a control token, and, of a token that is not whole characters, its bytes in hexadecimal."""
+    entry: list[str | int] = [token_text(id_), int(id_ in CONTROL_NAMES)]
+    if is_assigned(id_) and id_ not in CONTROL_NAMES:
+        content = token_bytes(id_)
+        try:
+            content.decode()
+        except UnicodeDecodeError:
+            entry.append(content.hex())
+    return entry

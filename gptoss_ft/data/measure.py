@@ -20,14 +20,25 @@ THINK_TAGS = re.compile(r"</?think(?:ing)?>")
 # UTF-8 read as Latin-1 or Windows-1252, and characters that were lost.
 MOJIBAKE = re.compile("\ufffd|Ã[\u0080-\u00bf]|â€[\u0080-\u20ff]|Â[\u00a0-\u00bf]")
 
+JSON_TYPES: dict[str, Callable[[Any], bool]] = {
+    "string": lambda value: isinstance(value, str),
+    "boolean": lambda value: isinstance(value, bool),
+    "integer": lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0,
+    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
+    "array": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, Mapping),
+    "null": lambda value: value is None,
+}
 PROBLEMS = {
     "no_loss": "nothing in the row has loss, so it is read for nothing",
     "think_tags": "an answer holds <think> tags: its reasoning is learned as text for the user",
     "template_tokens": "a text holds another template's control tokens, which are learned as plain characters",
     "unknown_argument": "a call has an argument that its function does not declare",
     "missing_argument": "a call lacks an argument that its function requires",
+    "wrong_type": "a call's argument is not of the type, or not among the values, that its function declares",
     "undeclared_call": "a function is called but no tools are declared, so the model learns to make up functions",
     "unanswered_user": "the row ends with a user message, which nothing is learned from",
+    "blank_answer": "an answer is nothing but white space",
     "mojibake": "a text was decoded wrongly (such as Ã©) or has lost characters",
     "no_reasoning": "no reasoning before an answer: the model learns to answer without; see data.missing_reasoning",
     "repeated_answer": "reasoning repeats the answer word for word",
@@ -159,6 +170,31 @@ def _lacks_argument(conversation: Conversation, samples: list[Generation]) -> bo
     )
 
 
+def _has_wrong_type(conversation: Conversation, samples: list[Generation]) -> bool:
+    return any(
+        not _fits(value, schema["properties"].get(name))
+        for schema, arguments in _calls(conversation)
+        if isinstance(schema.get("properties"), Mapping)
+        for name, value in arguments.items()
+    )
+
+
+def _fits(value: Any, schema: Any) -> bool:
+    """Whether a value may have this schema, by its type and enum alone; what is inside it is not looked at."""
+    if not isinstance(schema, Mapping) or (value is None and schema.get("nullable") is True):
+        return True
+    if isinstance(values := schema.get("enum"), list) and value not in values:
+        return False
+    kind = schema.get("type")
+    names = kind if isinstance(kind, list) else [kind]
+    # A type that is not JSON Schema's, such as Python's "float", says nothing here.
+    return any(not isinstance(name, str) or name not in JSON_TYPES or JSON_TYPES[name](value) for name in names)
+
+
+def _has_blank_answer(conversation: Conversation, samples: list[Generation]) -> bool:
+    return any(message.is_final and not message.content.strip() for message in conversation.messages)
+
+
 def _calls_undeclared(conversation: Conversation, samples: list[Generation]) -> bool:
     functions = (m for m in conversation.messages if m.is_call and (m.recipient or "").startswith(f"{FUNCTIONS}."))
     declared = conversation.tools or conversation.verbatim_developer
@@ -175,8 +211,10 @@ CHECKS: dict[str, Callable[[Conversation, list[Generation]], bool]] = {
     "template_tokens": _in_texts(TEMPLATE_TOKENS),
     "unknown_argument": _has_unknown_argument,
     "missing_argument": _lacks_argument,
+    "wrong_type": _has_wrong_type,
     "undeclared_call": _calls_undeclared,
     "unanswered_user": _ends_with_user,
+    "blank_answer": _has_blank_answer,
     "mojibake": _in_texts(MOJIBAKE),
     "no_reasoning": _has_no_reasoning,
     "repeated_answer": _repeats_answer,

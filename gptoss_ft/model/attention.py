@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from gptoss_ft.errors import UserError
 from gptoss_ft.kernels.dispatch import sink_attention
+from gptoss_ft.kernels.reference import Tree
 
 # transformers treats names that contain that of one of its own implementations as that one.
 ATTENTION = "gptoss_ft"
@@ -45,6 +46,17 @@ def key_documents(
     return None if kv_length == S and real_BS.all() else torch.where(real_BS, 0, PADDING).int()
 
 
+def tree_mask(document_ids: Tensor, depths: Tensor, visible_until: Tensor) -> Tensor:
+    """What `attention_forward` takes for a mask where documents are trees in depth-first order, int32 `[3, B, T]`.
+
+    Args:
+        document_ids: `[B, T]`, negative for padding.
+        depths: `[B, T]`, from 0 in each tree.
+        visible_until: `[B, T]`, the first place in the row behind all that grows from a token.
+    """
+    return torch.stack((document_ids, depths, visible_until)).int()
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -63,13 +75,17 @@ def attention_forward(
 
     Args:
         query: `[B, H, T, D]`; key and value `[B, K, S, D]` with the queries' own keys last but for unused room.
-        attention_mask: what `key_documents` returned.
+        attention_mask: what `key_documents` or `tree_mask` returned.
         s_aux: the sinks, `[H]`.
         position_ids: `[B, T]` or `[1, T]`; a document begins where it does not rise.
 
     Raises:
         UserError: for a 4-D mask, dropout, or several documents in a row together with a cache.
     """
+    if attention_mask is not None and attention_mask.ndim == 3:
+        trees_BS, *places = attention_mask.unbind()
+        settings = {"scaling": scaling, "window": sliding_window, "documents_BS": trees_BS, "tree": Tree(*places)}
+        return sink_attention(query, key, value, s_aux, **settings).transpose(1, 2).contiguous(), None
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UserError(
             f"{ATTENTION} attention takes no mask of shape {tuple(attention_mask.shape)}: pass padding as a 2-D "

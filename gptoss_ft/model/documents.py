@@ -14,6 +14,7 @@ from transformers import GptOssConfig
 from transformers.masking_utils import create_causal_mask
 
 from gptoss_ft.errors import UserError
+from gptoss_ft.model.attention import ATTENTION, tree_mask
 
 # An attention that finds documents by itself, where positions restart, would cut branches off from what they grow from.
 TAKE_ANY_MASK = ("eager", "flex_attention")
@@ -41,10 +42,13 @@ def document_masks(
     Raises:
         UserError: for trees under an attention that would take them for documents one after the other.
     """
+    if visible_until is not None and config._attn_implementation == ATTENTION:
+        trees = tree_mask(document_ids, position_ids, visible_until)
+        return {"full_attention": trees, "sliding_attention": trees}
     if visible_until is not None and config._attn_implementation not in TAKE_ANY_MASK:
         raise UserError(
             f"model.attn_implementation={config._attn_implementation} cannot tell the branches of a tree apart: "
-            "use eager, or set data.share_prefixes=false"
+            f"use {ATTENTION} or eager, or set data.share_prefixes=false"
         )
 
     def same_document(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -33,6 +33,11 @@ struct Attention {
     int64_t batch, query_heads, kv_heads, queries, keys, head_dim;
     int64_t window;            // keys that a query sees at most, its own included
     const int32_t* documents;  // [batch, keys] or null for one document; a negative one sees nothing and is not seen
+    // [batch, keys], both null unless documents are trees in depth-first order. A token is out of sight from the place
+    // `visible_until` on, and for those that are `reach` or more levels deeper; `window` is then all keys.
+    const int32_t* depths;
+    const int32_t* visible_until;
+    int64_t reach;
     const float* sinks;        // [query_heads]
     float* lse;                // [batch, query_heads, queries]: logarithm of the softmax's denominator
     View q, k, v, out;

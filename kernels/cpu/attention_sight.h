@@ -2,33 +2,39 @@
 
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
-// The range of documents of some positions.
-struct Documents {
+// The range of some positions' documents, depths or ends of sight.
+struct Range {
     int32_t lowest, highest;
 
     bool one() const { return lowest == highest; }
-    bool may_meet(const Documents& other) const {
+    bool may_meet(const Range& other) const {
         return highest >= 0 && lowest <= other.highest && other.lowest <= highest;
     }
 };
 
-TARGET static Documents documents_of(const Attention& p, int64_t batch, int64_t first, int64_t count) {
-    if (!p.documents) return {0, 0};
-    const int32_t* from = p.documents + batch * p.keys + first;
+// `values` is [batch, keys], or null for zeros.
+TARGET static Range range_of(const Attention& p, const int32_t* values, int64_t batch, int64_t first, int64_t count) {
+    if (!values) return {0, 0};
+    const int32_t* from = values + batch * p.keys + first;
     const auto range = std::minmax_element(from, from + count);
     return {*range.first, *range.second};
 }
 
 struct KeyBlock {
     int64_t first, count;
-    Documents documents;
-    const int32_t* each;  // the document of every key, or null
+    Range documents, depths, visible_until;
+    // Of every key, or null.
+    const int32_t *each, *each_depth, *each_until;
 
     KeyBlock(const Attention& p, int64_t batch, int64_t first_key)
         : first(first_key),
           count(std::min(kKeys, p.keys - first_key)),
-          documents(documents_of(p, batch, first, count)),
-          each(p.documents ? p.documents + batch * p.keys + first : nullptr) {}
+          documents(range_of(p, p.documents, batch, first, count)),
+          depths(range_of(p, p.depths, batch, first, count)),
+          visible_until(range_of(p, p.visible_until, batch, first, count)),
+          each(p.documents ? p.documents + batch * p.keys + first : nullptr),
+          each_depth(p.depths ? p.depths + batch * p.keys + first : nullptr),
+          each_until(p.visible_until ? p.visible_until + batch * p.keys + first : nullptr) {}
 
     int64_t columns() const { return round_up(count, kPanel); }
 };
@@ -44,12 +50,27 @@ struct Sight {
 TARGET static Sight sight(const Attention& p, const KeyBlock& keys, int64_t batch, int64_t token, int64_t num_tokens) {
     const int64_t earliest = p.position(token) - keys.first, latest = earliest + num_tokens - 1;
     const int64_t first = std::max<int64_t>(0, earliest - p.window + 1), end = std::min(keys.count, latest + 1);
-    const Documents documents = documents_of(p, batch, p.position(token), num_tokens);
+    const Range documents = range_of(p, p.documents, batch, p.position(token), num_tokens);
     if (first >= end || !documents.may_meet(keys.documents)) return {0, 0, false};
     const int64_t begin = first / kPanel * kPanel, rounded_end = round_up(end, kPanel);
-    const bool whole = documents.one() && keys.documents.one() && std::min(keys.count, earliest + 1) >= rounded_end &&
-                       latest - p.window + 1 <= begin;
+    bool whole = documents.one() && keys.documents.one() && std::min(keys.count, earliest + 1) >= rounded_end &&
+                 latest - p.window + 1 <= begin;
+    if (p.visible_until) {
+        const int64_t place = p.position(token);
+        const Range depths = range_of(p, p.depths, batch, place, num_tokens);
+        if (keys.visible_until.highest <= place || depths.lowest - keys.depths.highest >= p.reach) return {0, 0, false};
+        whole &= keys.visible_until.lowest >= place + num_tokens && depths.highest - keys.depths.lowest < p.reach;
+    }
     return {begin, rounded_end, !whole};
+}
+
+// Values of the keys from a column on; zeros behind the last key.
+TARGET static ints of_keys(const int32_t* each, int64_t from, int64_t count) {
+    int32_t values[WIDTH] = {};
+    std::memcpy(values, each + from, std::max<int64_t>(0, std::min<int64_t>(WIDTH, count - from)) * sizeof(int32_t));
+    ints loaded;
+    std::memcpy(&loaded, values, sizeof loaded);
+    return loaded;
 }
 
 // Set the scores of keys that the token does not see to minus infinity.
@@ -57,7 +78,7 @@ TARGET static void mask(const Attention& p, const KeyBlock& keys, int64_t token,
     const int64_t own = p.position(token) - keys.first;
     int64_t first = own - p.window + 1, end = std::min(keys.count, own + 1);
     const int32_t document = keys.each ? keys.each[own] : 0;
-    const bool one_document = keys.documents.one() && keys.documents.lowest == document;
+    const bool one_document = keys.documents.one() && keys.documents.lowest == document && !keys.each_until;
     if (document < 0) end = first;
     ints column = ints{};
     for (int lane = 0; lane < WIDTH; ++lane) column[lane] = lane;
@@ -66,13 +87,10 @@ TARGET static void mask(const Attention& p, const KeyBlock& keys, int64_t token,
         const ints key = column + static_cast<int32_t>(from);
         ints visible = (key >= static_cast<int32_t>(std::max<int64_t>(first, 0))) &
                        (key < static_cast<int32_t>(std::max<int64_t>(end, 0)));
-        if (keys.each) {
-            int32_t documents[WIDTH] = {};
-            std::memcpy(documents, keys.each + from,
-                        std::max<int64_t>(0, std::min<int64_t>(WIDTH, keys.count - from)) * sizeof(int32_t));
-            ints theirs;
-            std::memcpy(&theirs, documents, sizeof theirs);
-            visible &= theirs == document;
+        if (keys.each) visible &= of_keys(keys.each, from, keys.count) == document;
+        if (keys.each_until) {
+            visible &= of_keys(keys.each_until, from, keys.count) > static_cast<int32_t>(own + keys.first);
+            visible &= keys.each_depth[own] - of_keys(keys.each_depth, from, keys.count) < static_cast<int32_t>(p.reach);
         }
         store(scores + from, visible ? load(scores + from) : broadcast(-INFINITY));
     }

@@ -66,9 +66,9 @@ class Browser:
         while (event := self._read()).get("method") != "Page.loadEventFired":
             self._event(event)
 
-    def run(self, script):
-        """The value of a JavaScript expression."""
-        result = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+    def run(self, script, *, wait=False):
+        """The value of a JavaScript expression; with `wait`, of the promise that it makes."""
+        result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=wait)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 

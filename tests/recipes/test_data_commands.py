@@ -1,6 +1,7 @@
 """`gptoss-ft data ...` as a user runs it."""
 
 import json
+import re
 
 import pytest
 
@@ -42,6 +43,43 @@ def rows(tmp_path):
     return path
 
 
+def problems_of(path, capsys, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert main(["data", "check", f"path={path}"]) == 0
+    return re.findall(r"^  ([\d,]+ rows?: .*)$", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize(
+    ("schema", "fitting", "other"),
+    [
+        ({"type": "string"}, ["", "x"], [1, None, []]),
+        ({"type": "integer"}, [1, -2.0], [1.5, True, "1"]),
+        ({"type": "number", "nullable": True}, [1, 1.5, None], [False, "1"]),
+        ({"type": ["array", "null"]}, [[], None], [{}, 0]),
+        ({"type": "string", "enum": ["a", "b"]}, ["a"], ["c"]),
+        ({"type": "object"}, [{}], [[]]),
+        ({"type": "float"}, [1, "x"], []),
+        ({"anyOf": [{"type": "string"}]}, [1, "x"], []),
+        (True, [1], []),
+    ],
+)
+def test_arguments_are_held_against_their_schemas(tmp_path, capsys, schema, fitting, other):
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"x": schema}}}
+    for value in fitting + other:
+        call = {"type": "function", "function": {"name": "f", "arguments": json.dumps({"x": value})}}
+        row = {**chat("q", "", tool_calls=[call], thinking="t"), "tools": [tool]}
+        found = [line for line in problems_of(tmp_path / "rows.jsonl", capsys, row) if "not of the type" in line]
+        assert len(found) == (value in other and not any(value is fine for fine in fitting)), value
+
+
+def test_an_answer_that_many_rows_give_is_ranked_with_the_rest(tmp_path, capsys):
+    rows = [chat(f"{number}", "Sorry.", thinking="t") for number in range(9)] + [chat("x", " ", thinking="t")]
+    assert problems_of(tmp_path / "rows.jsonl", capsys, *rows) == [
+        "9 rows: the same answer is given again and again",
+        "1 row: an answer is nothing but white space",
+    ]
+
+
 def test_check_counts_and_ranks(rows, capsys):
     assert main(["data", "check", f"path={rows}", "max_length=200"]) == 0
     captured = capsys.readouterr()
@@ -52,21 +90,23 @@ def test_check_counts_and_ranks(rows, capsys):
         assert line in lines
     assert "  1 generations over max_length=200 (the longest has " in captured.out
     assert "  1 generations without loss on any token" in lines
-    problems = {lines[i][2:]: lines[i + 1].strip() for i in range(len(lines)) if " rows: " in lines[i]}
+    problems = {
+        lines[i][2:]: lines[i + 1].strip() for i in range(len(lines)) if re.match(r"  [\d,]+ rows?: ", lines[i])
+    }
     for start, line in {
-        "1 rows: nothing in the row has loss": 9,
-        "1 rows: a sample is over max_length=200": 12,
-        "1 rows: an answer holds <think> tags": 5,
-        "1 rows: a text holds another template's control tokens": 6,
-        "1 rows: a call has an argument that its function does not declare": 10,
-        "1 rows: a call lacks an argument": 10,
-        "1 rows: a function is called but no tools are declared": 13,
-        "1 rows: the row ends with a user message": 14,
-        "1 rows: a text was decoded wrongly": 7,
-        "1 rows: no reasoning before an answer": 4,
-        "1 rows: reasoning repeats the answer": 8,
-        "1 rows: tools are declared and never called": 11,
-        "1 rows: the row repeats an earlier one": 3,
+        "1 row: nothing in the row has loss": 9,
+        "1 row: a sample is over max_length=200": 12,
+        "1 row: an answer holds <think> tags": 5,
+        "1 row: a text holds another template's control tokens": 6,
+        "1 row: a call has an argument that its function does not declare": 10,
+        "1 row: a call lacks an argument": 10,
+        "1 row: a function is called but no tools are declared": 13,
+        "1 row: the row ends with a user message": 14,
+        "1 row: a text was decoded wrongly": 7,
+        "1 row: no reasoning before an answer": 4,
+        "1 row: reasoning repeats the answer": 8,
+        "1 row: tools are declared and never called": 11,
+        "1 row: the row repeats an earlier one": 3,
     }.items():
         (found,) = (where for problem, where in problems.items() if problem.startswith(start))
         assert found == f"first in {rows}:{line}"

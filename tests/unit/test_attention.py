@@ -25,6 +25,7 @@ class Case:
     D: int
     window: int | None = None
     documents: tuple[int, ...] = ()  # lengths of documents, negative for padding
+    forks: tuple[tuple[int, int], ...] = ()  # the token at the first place grows from the one at the second
 
     def documents_BS(self):
         if not self.documents:
@@ -34,6 +35,23 @@ class Case:
         assert len(row) == self.S
         # Every row of the batch has its documents elsewhere.
         return torch.stack([row.roll(7 * b) for b in range(self.B)])
+
+    def tree(self):
+        """The first row of the batch is a tree with these forks; the others fork nowhere."""
+        if not self.forks:
+            return None
+        parents = [place - 1 for place in range(self.S)]
+        for place, parent in self.forks:
+            parents[place] = parent
+        depths = torch.arange(self.S).repeat(self.B, 1)
+        until = torch.full_like(depths, self.S)
+        until[0] = torch.arange(1, self.S + 1)
+        for place in range(1, self.S):
+            depths[0, place] = depths[0, parents[place]] + 1
+            ancestor = place
+            while ancestor >= 0:
+                until[0, ancestor], ancestor = place + 1, parents[ancestor]
+        return reference.Tree(depths, until)
 
 
 # Blocks are of 96 keys, and of 384 rows (tokens times heads) forward and 96 backward; panels of 8, 16 or 32.
@@ -51,6 +69,9 @@ CASES = [
     Case(2, 8, 1, T=230, S=230, D=64, documents=(3, 120, 1, 106)),
     Case(2, 4, 2, T=230, S=230, D=24, window=33, documents=(-20, 100, -7, 90, -13)),
     Case(2, 8, 8, T=97, S=200, D=32, documents=(-30, 110, 60)),
+    Case(2, 8, 1, T=230, S=230, D=64, forks=((60, 20), (150, 100), (200, 20))),
+    Case(1, 4, 2, T=330, S=330, D=24, window=33, forks=((12, 9), (110, 40), (290, 150))),
+    Case(1, 4, 2, T=230, S=230, D=16, window=9, documents=(230,), forks=tuple((at, at - 2) for at in range(9, 200, 2))),
 ]
 
 
@@ -69,7 +90,12 @@ def operands(case, dtype, seed=0):
             torch.randn(case.H, generator=generator).to(dtype),
         ),
         d_out=by_token(case.H, case.T),
-        settings={"scaling": case.D**-0.5, "window": case.window, "documents_BS": case.documents_BS()},
+        settings={
+            "scaling": case.D**-0.5,
+            "window": case.window,
+            "documents_BS": case.documents_BS(),
+            "tree": case.tree(),
+        },
     )
 
 
@@ -98,6 +124,19 @@ def test_output_and_gradients_err_at_most_twice_as_much_as_plain_torch(case, dty
         # and with few keys hardly errs; here one is formed from the rounded output.
         floor = truth.abs().max() * (2**-9 if dtype == torch.bfloat16 else 2**-18)
         assert error <= max(2 * budget, floor), f"{name}: {error:.2e} > 2 x {budget:.2e}"
+
+
+def test_a_branch_attends_as_if_it_stood_alone():
+    """The reference itself: every branch of a tree, with its window, against the same tokens without the others."""
+    case = Case(1, 2, 1, T=40, S=40, D=16, window=6, forks=((12, 5), (20, 14), (30, 5)))
+    q, k, v, sinks = (tensor.double() for tensor in operands(case, torch.float32).forward)
+    out = reference.sink_attention(q, k, v, sinks, scaling=0.25, window=6, documents_BS=None, tree=case.tree())
+    trunk = list(range(6))
+    for rest in ([*range(6, 12)], [*range(12, 20)], [*range(12, 15), *range(20, 30)], [*range(30, 40)]):
+        branch = trunk + rest
+        alone = (tensor[:, :, branch] for tensor in (q, k, v))
+        expected = reference.sink_attention(*alone, sinks, scaling=0.25, window=6, documents_BS=None)
+        torch.testing.assert_close(out[:, :, branch], expected, rtol=0, atol=1e-14)
 
 
 @pytest.mark.usefixtures("isa")
@@ -222,6 +261,8 @@ def test_shapes_that_do_not_fit_are_errors_and_never_reach_the_library():
         forward(q, k, v, torch.zeros(3), **settings)
     with pytest.raises(ValueError, match=r"documents \(1, 5\) must be \(1, 6\)"):
         forward(q, k, v, sinks, **settings | {"documents_BS": torch.zeros(1, 5)})
+    with pytest.raises(ValueError, match=r"a tree of \(1, 6\), \(1, 5\) must be \(1, 6\)"):
+        forward(q, k, v, sinks, **settings, tree=reference.Tree(torch.zeros(1, 6), torch.zeros(1, 5)))
     with pytest.raises(ValueError, match="window 0"):
         forward(q, k, v, sinks, **settings | {"window": 0})
     out, lse = forward(q, k, v, sinks, **settings)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
-from gptoss_ft.kernels import flex_attention
+from gptoss_ft.kernels import flex_attention, reference
 
 B, H, K, T, D, SCALING = 2, 4, 2, 150, 16, 0.3
 
@@ -66,6 +66,20 @@ def test_output_and_gradients_are_those_of_a_softmax_with_one_more_logit(window,
     gradients = (torch.autograd.grad(result, inputs, d_out) for result in (out, truth))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 7], ids=str)
+def test_trees_are_as_in_the_reference(window):
+    depths, until = torch.arange(T).repeat(B, 1), torch.full((B, T), T)
+    fork, root = T // 2, T // 4
+    depths[0, fork:] += root + 1 - fork
+    until[0, root + 1 : fork] = fork
+    documents, tree = packed_documents(), reference.Tree(depths, until)
+    for numbers in (None, documents):
+        inputs = operands()
+        settings = {"scaling": SCALING, "window": window, "documents_BS": numbers, "tree": tree}
+        ours, truth = flex_attention.sink_attention(*inputs, **settings), reference.sink_attention(*inputs, **settings)
+        torch.testing.assert_close(ours, truth.nan_to_num(), rtol=0, atol=1e-13)
 
 
 def test_padding_sees_nothing_and_gives_zeros():

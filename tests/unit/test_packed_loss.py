@@ -165,6 +165,30 @@ def test_trees_are_refused_by_an_attention_that_has_no_masks(model):
         document_masks(other, ids, ids, torch.float32, visible_until=ids)
 
 
+@pytest.mark.parametrize("capacity", [200, 512])
+def test_trees_in_our_attention(model, conversations, capacity, monkeypatch):
+    """In fp64, where it is its reference; whose own kernels are held to that in `test_attention`."""
+    alone = loss_and_gradients(model, collated(SampleRows(SampleTable.of(conversations)), 1))
+    monkeypatch.setattr(model.config, "_attn_implementation", "gptoss_ft")
+    loss, gradients = loss_and_gradients(model, tree_batches(conversations, capacity, 2))
+    assert loss == pytest.approx(alone[0], rel=1e-12)
+    for name, expected in alone[1].items():
+        assert (gradients[name] - expected).norm() <= 1e-11 * expected.norm(), name
+
+
+@pytest.mark.parametrize("implementation", ["eager", "gptoss_ft"])
+def test_trees_in_fp32_too(implementation, small_bases, conversations):
+    model = load_base(small_bases["mxfp4"], dtype=torch.float32, attn_implementation=implementation)
+    model.get_input_embeddings().requires_grad_(True)
+    found = []
+    for batches in (collated(SampleRows(SampleTable.of(conversations)), 1), tree_batches(conversations, 512, 1)):
+        loss = torch.stack([summed_loss(model, model, batch) for batch in batches]).sum()
+        found.append((loss.detach(), *torch.autograd.grad(loss, model.get_input_embeddings().weight)))
+    (loss, gradient), (tree_loss, tree_gradient) = found
+    assert float(tree_loss) == pytest.approx(float(loss), rel=1e-5)
+    assert (tree_gradient - gradient).norm() <= 1e-4 * gradient.norm()
+
+
 @pytest.mark.parametrize("implementation", ["eager", "gptoss_ft"])
 def test_in_fp32_too(implementation, small_bases, samples):
     model = load_base(small_bases["mxfp4"], dtype=torch.float32, attn_implementation=implementation)
