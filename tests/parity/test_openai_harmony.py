@@ -51,6 +51,9 @@ def schemas_of(inner):
         "nullable": st.booleans(),
         "oneOf": st.lists(inner, max_size=3),
         "anyOf": st.lists(inner, max_size=2),
+        "allOf": st.lists(inner, max_size=2),
+        "const": json_values,
+        "$ref": st.just("#/$defs/node"),
         "items": inner,
     }
     objects = {
