@@ -50,7 +50,10 @@ def main() -> None:
         print(last, end="", flush=True)
     if run.wait():
         raise SystemExit(run.returncode)
-    append(" ".join(command[:-1]), json.loads(last))
+    metrics = json.loads(last)
+    if bounds := metrics.pop("bounds", []):
+        raise SystemExit(f"no results but bounds: {', '.join(bounds)}; run again with a higher --limit")
+    append(" ".join(command[:-1]), metrics)
 
 
 def append(command: str, metrics: dict[str, float]) -> None:
