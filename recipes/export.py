@@ -1,6 +1,7 @@
 """From a finished run to a folder that a server loads."""
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
@@ -11,19 +12,28 @@ from typing import Literal, cast
 from gptoss_ft.adapters.save import load_adapter
 from gptoss_ft.config.catalog import rows_fault
 from gptoss_ft.config.load import compose_train_config
-from gptoss_ft.config.schema import ExportCommand, Rounding, TrainConfig
+from gptoss_ft.config.schema import MIN_FIDELITY, ExportCommand, Rounding, TrainConfig
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import export_adapter, read_adapter
 from gptoss_ft.export.calibrate import Calibration
+from gptoss_ft.export.excerpts import Excerpt, select_positions
+from gptoss_ft.export.fidelity import measure_fidelity
 from gptoss_ft.export.fingerprint import check_fingerprint
 from gptoss_ft.export.gguf_adapter import export_adapter_gguf
-from gptoss_ft.export.merge import MergeFormat, merge
+from gptoss_ft.export.merge import MergeFormat, MergeReport, merge
+from gptoss_ft.export.merge_record import MERGE_FILE, adapter_digest, as_table, effect_note, holds_already, merge_record
 from gptoss_ft.export.sglang_adapter import export_adapter_sglang
+from gptoss_ft.export.verdict import CURES, fidelity_fault
+from gptoss_ft.export.verify import open_export
 from gptoss_ft.export.vllm_adapter import export_adapter_vllm, max_lora_rank
+from gptoss_ft.files import write_whole
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.load import load_base
-from gptoss_ft.recipes.samples import split_samples
+from gptoss_ft.recipes.samples import rows_to_compare, split_samples
 from gptoss_ft.training.run_folder import RunFolder, write_json
+
+# Those whose next token carries loss; the logits of one are 0.8 MB for each of three models.
+FIDELITY_POSITIONS = 256
 
 ADAPTER_FORMATS: dict[str, Callable[[Path, Path, Checkpoint], Path]] = {
     "adapter": export_adapter,
@@ -41,11 +51,24 @@ def main(cfg: ExportCommand) -> Path:
         Path(cfg.out),
         base=Path(cfg.base) if cfg.base else None,
         calibration_tokens=cfg.calibration_tokens if cfg.rounding is Rounding.calibrated else None,
+        fidelity_tokens=cfg.fidelity_tokens,
+        min_fidelity=cfg.min_fidelity,
+        data=Path(cfg.data) if cfg.data else None,
+        merged_base=cfg.merged_base,
     )
 
 
 def export_run(
-    run_path: Path, format: str, out: Path, *, base: Path | None = None, calibration_tokens: int | None = None
+    run_path: Path,
+    format: str,
+    out: Path,
+    *,
+    base: Path | None = None,
+    calibration_tokens: int | None = None,
+    fidelity_tokens: int = 0,
+    min_fidelity: float = MIN_FIDELITY,
+    data: Path | None = None,
+    merged_base: bool = False,
 ) -> Path:
     """Export a run's adapter, alone or merged into its base; a merge is recorded in the run folder.
 
@@ -54,34 +77,74 @@ def export_run(
         base: the base checkpoint, if it is no longer where the run's config says.
         calibration_tokens: round MXFP4 experts for what they see in at most so many tokens of the run's training rows;
             None rounds to nearest.
+        fidelity_tokens: measure what a merged model keeps of the training on at most so many tokens of held-out rows;
+            0 does not.
+        min_fidelity: refuse one that keeps less, see `distance.fidelity`; 0 takes any.
+        data: rows to measure on; None takes those that the run held out, or its training rows if it held out none.
+        merged_base: merge even into a base that holds this run's adapter already.
 
     Raises:
         UserError: if the base is not the one that the run trained on, or the adapter or `out` cannot be used; if the
-            run's rows or base cannot be calibrated on.
+            run's rows or base cannot be calibrated on or measured; if the merged model keeps too little, which then
+            lies beside `out`, see `rejected_path`.
     """
     run = RunFolder(run_path)
     cfg = config_of(run)
     if cfg.adapter.qat:
         check_merged_export(run, format, calibrated=calibration_tokens is not None)
     checkpoint = Checkpoint.open(base or cfg.model.path)
-    check_fingerprint(run.path, checkpoint)
+    deltas = read_adapter(run.adapter, checkpoint.spec)
+    adapter = adapter_digest(deltas)
+    if not holds_already(checkpoint, adapter):
+        check_fingerprint(run.path, checkpoint)
+    elif not merged_base:
+        raise UserError(
+            f"{checkpoint.path} holds the update of {run.path} already ({MERGE_FILE} says so): merge into the base "
+            "that was trained on, or merge once more with merged_base=true"
+        )
     if format in ADAPTER_FORMATS:
         ADAPTER_FORMATS[format](run.adapter, out, checkpoint)
         if format == "adapter_vllm":
             print(f"serve it with vllm serve BASE --enable-lora --max-lora-rank {max_lora_rank(out)}")
         return out
-    deltas = read_adapter(run.adapter, checkpoint.spec)
     calibrate = None if calibration_tokens is None else calibration(run, checkpoint, calibration_tokens)
-    report = merge(
+    excerpts = fidelity_excerpts(cfg, data, fidelity_tokens) if fidelity_tokens else []
+
+    def check(folder: Path, report: MergeReport) -> None:
+        print(report)
+        fidelity, fault = None, None
+        if excerpts:
+            _, merged = open_export(checkpoint, folder)
+            fidelity = measure_fidelity(
+                checkpoint, run.adapter, deltas, merged, excerpts, merged_training=cfg.adapter.qat
+            )
+            fault = fidelity_fault(fidelity.base, fidelity.exported, min_fidelity)
+            print(fidelity, *filter(None, [effect_note(fidelity)]), sep="\n")
+        else:
+            print("fidelity_tokens=0: what the export keeps of the training was not measured")
+        record = merge_record(checkpoint, adapter, report, fidelity)
+        write_json(folder / MERGE_FILE, record)
+        place = rejected_path(out) if fault else out
+        file = record_path(run, "merge", format, place)
+        write_json(file, record)
+        write_whole(file.with_suffix(".txt"), as_table(report, fidelity))
+        if fault:
+            shutil.rmtree(place, ignore_errors=True)
+            folder.rename(place)
+            raise UserError(
+                f"{out} was not written, {fault}: {CURES[format]}; or take the files as they are from {place}, "
+                "where they were left (min_fidelity=0 writes them to their place)"
+            )
+
+    merge(
         checkpoint,
         deltas,
         out,
         format=cast(MergeFormat, format),
         calibrate=calibrate,
         merged_training=cfg.adapter.qat,
+        check=check,
     )
-    write_json(record_path(run, "merge", format, out), report.to_dict())
-    print(report)
     return out
 
 
@@ -101,6 +164,17 @@ def check_merged_export(run: RunFolder, format: str, *, calibrated: bool) -> Non
         raise UserError(
             f"{trained}, to nearest: rounding=calibrated would write another model. Export with rounding=nearest"
         )
+
+
+def fidelity_excerpts(cfg: TrainConfig, data: Path | None, num_tokens: int) -> list[Excerpt]:
+    """What of the rows is run to measure a merged model."""
+    samples = rows_to_compare(cfg.data, cfg.seed, data, otherwise=", or measure nothing: fidelity_tokens=0")
+    return select_positions(samples, FIDELITY_POSITIONS, max_tokens=num_tokens)
+
+
+def rejected_path(out: Path) -> Path:
+    """Where a merged model is left that keeps too little of the training for its place."""
+    return out.with_name(f"{out.name}.rejected")
 
 
 def calibration(run: RunFolder, base: Checkpoint, num_tokens: int) -> Calibration:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from gptoss_ft.config.catalog import rows_fault
 from gptoss_ft.config.schema import DataConfig, RowsConfig
 from gptoss_ft.data.cache import cached, writable_folder
 from gptoss_ft.data.dataset import CompiledSamples, compile_samples, split_rows
@@ -12,6 +13,7 @@ from gptoss_ft.data.mixture import mix
 from gptoss_ft.data.rows import OnError, RowSettings
 from gptoss_ft.data.sample_table import SampleTable
 from gptoss_ft.data.skipped import SkippedRows
+from gptoss_ft.errors import UserError
 from gptoss_ft.harmony.conversation import BuiltinTool, Conversation, ReasoningEffort
 from gptoss_ft.harmony.weights import LossPolicy, LossRules, MissingReasoning
 
@@ -110,3 +112,19 @@ def held_out_samples(cfg: DataConfig, seed: int) -> SampleTable:
         return compile_rows(cfg.eval_path, cfg).samples
     train, held_out, _ = split_samples(cfg, seed)
     return held_out or train
+
+
+def rows_to_compare(cfg: DataConfig, seed: int, data: Path | None, *, otherwise: str = "") -> SampleTable:
+    """The samples of `data`, else `held_out_samples`, once their files are known to be where they were in training.
+
+    Raises:
+        UserError: naming the first file that is not; `otherwise` says what can be done but for naming other rows.
+    """
+    if data:
+        return compile_rows([data], cfg).samples
+    for path in cfg.eval_path or cfg.path:
+        if fault := rows_fault(path):
+            raise UserError(
+                f"{path}: {fault}; the run's rows have moved, so name rows to compare on: data=FILE{otherwise}"
+            )
+    return held_out_samples(cfg, seed)

@@ -298,9 +298,11 @@ def export_all(run: RunFolder, cfg: TrainConfig) -> None:
             format.value,
             run.exports / format.value,
             calibration_tokens=cfg.export.calibration_tokens if calibrated else None,
+            fidelity_tokens=cfg.export.fidelity_tokens,
+            min_fidelity=cfg.export.min_fidelity,
         )
         if cfg.export.verify:
-            report = verify_run(run.path, out)
+            report = verify_run(run.path, out, min_fidelity=cfg.export.min_fidelity)
             print(report)
             if not report.passed:
                 raise UserError(f"{out}: {report.verdict}, for the reasons in the report above")

@@ -2,16 +2,13 @@
 
 from pathlib import Path
 
-from gptoss_ft.config.catalog import rows_fault
-from gptoss_ft.config.schema import DataConfig, VerifyCommand
-from gptoss_ft.data.sample_table import SampleTable
-from gptoss_ft.errors import UserError
+from gptoss_ft.config.schema import MIN_FIDELITY, VerifyCommand
 from gptoss_ft.export.fingerprint import check_fingerprint
 from gptoss_ft.export.verdict import VerifyReport
 from gptoss_ft.export.verify import verify_export
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.recipes.export import config_of, record_path
-from gptoss_ft.recipes.samples import compile_rows, held_out_samples
+from gptoss_ft.recipes.samples import rows_to_compare
 from gptoss_ft.training.run_folder import RunFolder, write_json
 
 MAX_TOKENS = 512
@@ -25,6 +22,7 @@ def main(cfg: VerifyCommand) -> bool:
         base=Path(cfg.base) if cfg.base else None,
         data=Path(cfg.data) if cfg.data else None,
         max_tokens=cfg.max_tokens,
+        min_fidelity=cfg.min_fidelity,
     )
     print(report)
     return report.passed
@@ -37,6 +35,7 @@ def verify_run(
     base: Path | None = None,
     data: Path | None = None,
     max_tokens: int = MAX_TOKENS,
+    min_fidelity: float = MIN_FIDELITY,
 ) -> VerifyReport:
     """Verify an export of a run and record the report in the run folder, see `record_path`.
 
@@ -44,6 +43,7 @@ def verify_run(
         base: the base checkpoint, if it is no longer where the run's config says.
         data: rows to compare on; None takes those that the run held out, or its training rows if it held out none.
         max_tokens: positions to compare at most.
+        min_fidelity: what a merged model has to keep of the training.
     """
     run = RunFolder(run_path)
     cfg = config_of(run)
@@ -53,21 +53,10 @@ def verify_run(
         base=checkpoint.path,
         adapter=run.adapter,
         export=export,
-        samples=compile_rows([data], cfg.data).samples if data else rows_of_run(cfg.data, cfg.seed),
+        samples=rows_to_compare(cfg.data, cfg.seed, data),
         max_tokens=max_tokens,
         merged_training=cfg.adapter.qat,
+        min_fidelity=min_fidelity,
     )
     write_json(record_path(run, "verify", report.format, export), report.to_dict())
     return report
-
-
-def rows_of_run(cfg: DataConfig, seed: int) -> SampleTable:
-    """`held_out_samples`, once their files are known to be where they were during training.
-
-    Raises:
-        UserError: naming the first file that is not.
-    """
-    for path in cfg.eval_path or cfg.path:
-        if fault := rows_fault(path):
-            raise UserError(f"{path}: {fault}; the run's rows have moved, so name rows to compare on: data=FILE")
-    return held_out_samples(cfg, seed)

@@ -79,6 +79,10 @@ Rounding = StrEnum("Rounding", ["nearest", "calibrated"])
 ROUNDED_FORMATS = (ExportFormat.mxfp4, ExportFormat.original, ExportFormat.gguf, ExportFormat.gguf_q8_0)
 ROUNDING_MEANING = "how MXFP4 formats round updates of experts: to nearest, or by their inputs on the run's rows"
 TOKENS_MEANING = "tokens of the run's training rows that rounding=calibrated looks at"
+# Half way between the base and the trained model.
+MIN_FIDELITY = 0.5
+MIN_FIDELITY_MEANING = "share of the way from base to trained model that a merged model has to keep; 0 takes any"
+FIDELITY_TOKENS_MEANING = "tokens of held-out rows that measure what a merged model keeps; 0 measures nothing"
 
 ATTENTION_TARGETS = (Target.attention, Target.all, Target.q_proj, Target.k_proj, Target.v_proj, Target.o_proj)
 
@@ -115,6 +119,12 @@ def check_rounding(rounding: Rounding, num_tokens: int, formats: list[ExportForm
             f"{prefix}rounding=calibrated is for formats that round experts ({', '.join(ROUNDED_FORMATS)}), "
             f"not {', '.join(formats) or 'for none'}"
         )
+
+
+def check_fidelity(min_fidelity: float, num_tokens: int, prefix: str = "") -> None:
+    """Raise `ConfigError` for a bound that nothing keeps, and for less than no tokens."""
+    require(0 <= min_fidelity <= 1, f"{prefix}min_fidelity", "in [0, 1]", min_fidelity)
+    require(num_tokens >= 0, f"{prefix}fidelity_tokens", "0 or more", num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,9 +318,12 @@ class ExportConfig:
     verify: bool = key("reopen each export and compare it with the trained model", default=True)
     rounding: Rounding = key(ROUNDING_MEANING, default=Rounding.nearest)
     calibration_tokens: int = key(TOKENS_MEANING, default=4096)
+    min_fidelity: float = key(MIN_FIDELITY_MEANING, default=MIN_FIDELITY)
+    fidelity_tokens: int = key(FIDELITY_TOKENS_MEANING, default=1024)
 
     def __post_init__(self) -> None:
         check_rounding(self.rounding, self.calibration_tokens, self.formats, "export.")
+        check_fidelity(self.min_fidelity, self.fidelity_tokens, "export.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,9 +385,14 @@ class ExportCommand:
     base: str | None = key("base checkpoint, if it has moved since training", reads="folder", default=None)
     rounding: Rounding = key(ROUNDING_MEANING, default=Rounding.nearest)
     calibration_tokens: int = key(TOKENS_MEANING, default=4096)
+    min_fidelity: float = key(MIN_FIDELITY_MEANING, default=MIN_FIDELITY)
+    fidelity_tokens: int = key(FIDELITY_TOKENS_MEANING, default=1024)
+    data: str | None = key("JSONL file to measure on; null takes the run's held-out rows", reads="file", default=None)
+    merged_base: bool = key("merge even into a base that this run was merged into already", default=False)
 
     def __post_init__(self) -> None:
         check_rounding(self.rounding, self.calibration_tokens, [self.format])
+        check_fidelity(self.min_fidelity, self.fidelity_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,9 +404,11 @@ class VerifyCommand:
     data: str | None = key("JSONL file to compare on; null takes the run's held-out rows", reads="file", default=None)
     base: str | None = key("base checkpoint, if it has moved since training", reads="folder", default=None)
     max_tokens: int = key("tokens to compare", default=512)
+    min_fidelity: float = key(MIN_FIDELITY_MEANING, default=MIN_FIDELITY)
 
     def __post_init__(self) -> None:
         require(self.max_tokens >= 1, "max_tokens", "1 or more", self.max_tokens)
+        check_fidelity(self.min_fidelity, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Add low-rank updates to a checkpoint and write it, expert by expert, in the layout that a program reads."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from gptoss_ft.files import whole_folder
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.manifest import Manifest
 from gptoss_ft.model.shards import write_shards
-from gptoss_ft.model.spec import QUANTIZATION_CONFIG, SPECS, Layout, config_as_text
+from gptoss_ft.model.spec import QUANTIZATION_CONFIG, SPECS, GptOssSpec, Layout, config_as_text
 from gptoss_ft.model.tokenizer import TOKENIZER_FILES, write_tokenizer_files
 from gptoss_ft.mxfp4.round import UpdateStats
 
@@ -83,6 +83,9 @@ class MergeReport:
         }
 
 
+Check = Callable[[Path, MergeReport], None]
+
+
 def merge(
     base: Checkpoint,
     deltas: Mapping[str, LowRankDelta],
@@ -91,6 +94,7 @@ def merge(
     format: MergeFormat,
     calibrate: Calibrate | None = None,
     merged_training: bool = False,
+    check: Check | None = None,
     progress: bool = True,
 ) -> MergeReport:
     """Write base + deltas to the new folder `out`.
@@ -102,26 +106,26 @@ def merge(
     Args:
         deltas: by HF weight name: `….self_attn.q_proj.weight`, `….mlp.router.weight`, `….mlp.experts.gate_up_proj`.
         merged_training: training computed with experts rounded to MXFP4: they are in every format.
+        check: called with the finished folder before it has its name, and the report; what it raises leaves no `out`.
 
     Raises:
         UserError: if a delta is for no weight of the base, of another shape or not finite; if the format cannot hold
             the model; if `out` exists or its disk is too small. Nothing is left behind.
     """
     check_deltas(base.spec, deltas)
-    if format == "gguf" or format == "gguf_q8_0":
-        return _merge_gguf(base, deltas, out, format, calibrate, merged_training, progress)
-    with whole_folder(out, num_bytes=base.spec.num_bytes(format)) as folder, row_workers() as pool:
-        weights = MergedWeights(base, deltas, pool, calibrate, merged_training=merged_training)
-        manifest = Manifest(folder)
-        (folder / "config.json").write_bytes(_config(base, format))
-        if format != "original":
-            copy_tokenizer(base, folder)
-        write_shards(folder, weights.entries(format), open_file=manifest.open, progress=progress)
-        manifest.write(format)
-    num_copied = sum(map(weights.is_copied, base.spec.tensors("bf16" if format == "bf16" else "mxfp4")))
-    return MergeReport(
-        format, weights.updates, num_copied, weights.num_calibrated, weights.num_nearest, merged_training
-    )
+    with whole_folder(out, num_bytes=_num_bytes(base.spec, format)) as folder:
+        with row_workers() as pool:
+            weights = MergedWeights(base, deltas, pool, calibrate, merged_training=merged_training)
+            if format == "gguf" or format == "gguf_q8_0":
+                num_copied = _write_gguf(weights, folder, format, progress)
+            else:
+                num_copied = _write_checkpoint(weights, folder, format, progress)
+        report = MergeReport(
+            format, weights.updates, num_copied, weights.num_calibrated, weights.num_nearest, merged_training
+        )
+        if check:
+            check(folder, report)
+    return report
 
 
 def copy_tokenizer(base: Checkpoint, folder: Path) -> None:
@@ -133,28 +137,35 @@ def copy_tokenizer(base: Checkpoint, folder: Path) -> None:
         shutil.copyfile(base.path / name, folder / name)
 
 
-def _merge_gguf(
-    base: Checkpoint,
-    deltas: Mapping[str, LowRankDelta],
-    out: Path,
-    format: GgufFormat,
-    calibrate: Calibrate | None,
-    merged_training: bool,
-    progress: bool,
-) -> MergeReport:
-    check_representable(base.spec)
-    tensors = gguf_tensors(base.spec, format)
-    num_bytes = sum(part.nbytes for parts in tensors.values() for part in parts)
-    with whole_folder(out, num_bytes=num_bytes) as folder, row_workers() as pool, TemporaryDirectory() as tokenizer:
-        weights, manifest = MergedWeights(base, deltas, pool, calibrate), Manifest(folder)
+def _num_bytes(spec: GptOssSpec, format: MergeFormat) -> int:
+    """Size of the weights, once the format is known to hold such a model."""
+    if format == "gguf" or format == "gguf_q8_0":
+        check_representable(spec)
+        return sum(part.nbytes for parts in gguf_tensors(spec, format).values() for part in parts)
+    return spec.num_bytes(format)
+
+
+def _write_checkpoint(weights: MergedWeights, folder: Path, format: Layout, progress: bool) -> int:
+    """Returns how many tensors were copied, as `_write_gguf` does."""
+    base = weights.base
+    (folder / "config.json").write_bytes(_config(base, format))
+    if format != "original":
+        copy_tokenizer(base, folder)
+    manifest = Manifest(folder)
+    write_shards(folder, weights.entries(format), open_file=manifest.open, progress=progress)
+    manifest.write(format)
+    return sum(map(weights.is_copied, base.spec.tensors("bf16" if format == "bf16" else "mxfp4")))
+
+
+def _write_gguf(weights: MergedWeights, folder: Path, format: GgufFormat, progress: bool) -> int:
+    base, manifest = weights.base, Manifest(folder)
+    with TemporaryDirectory() as tokenizer:
         copy_tokenizer(base, Path(tokenizer))
         write_model(manifest.open(folder / MODEL_FILE), weights, format, Path(tokenizer), progress=progress)
         manifest.write(format)
     rounded = {GGMLQuantizationType.Q8_0} | ({GGMLQuantizationType.MXFP4} if base.layout == "bf16" else set())
-    num_copied = sum(name not in deltas and parts[0].type not in rounded for name, parts in tensors.items())
-    return MergeReport(
-        format, weights.updates, num_copied, weights.num_calibrated, weights.num_nearest, merged_training
-    )
+    tensors = gguf_tensors(base.spec, format)
+    return sum(name not in weights.deltas and parts[0].type not in rounded for name, parts in tensors.items())
 
 
 def _config(base: Checkpoint, format: Layout) -> bytes:

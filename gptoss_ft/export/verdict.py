@@ -6,11 +6,11 @@ and on both: random, moving the weights by 0.06 to 3 %, and trained for 1, 5 and
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from gptoss_ft.export.distance import Distances, quantile
+from gptoss_ft.config.schema import MIN_FIDELITY
+from gptoss_ft.export.distance import Distances, fidelity, finite, quantile
 from gptoss_ft.export.weights import Kind, WeightDistance
 
 # Two fp32 implementations of one model differ in the order of sums: 95 % of the positions were within 1e-6. At the
@@ -38,18 +38,18 @@ ARITHMETIC_NOISE = 1e-2
 # moved logits by 0.9 %, and by 1.9 % with 8-bit matrices.
 LLAMA_CPP_NOISE = 3e-2
 
-# Share of the training's effect that may be lost: median KL from the trained model over that of the base. Medians,
-# because rounding flips the choice of experts at single positions, one of which made a mean 500 times the median.
-# Of trained adapters bf16 lost 0.2 % at most. MXFP4 lost 23 % at most, except where one step had trained experts
-# alone: rounding to nearest then wrote the base again, a loss of 100 %. llama.cpp's arithmetic lost 0.04 % of adapters.
-LOST_SHARE = {"bf16": 0.05, **dict.fromkeys(("mxfp4", "original", "gguf", "gguf_q8_0"), 0.5), "adapter_gguf": 0.25}
+# What was kept, as `distance.fidelity`: of trained adapters bf16 kept 0.95 at least, llama.cpp's arithmetic 0.98 of
+# adapters. MXFP4 kept 0.52 at least, except where one step had trained experts alone: rounding to nearest then wrote
+# the base again, and kept nothing.
 
 # Adapters that a program in fp32 opened.
 EXACT_ADAPTERS = ("adapter", "adapter_sglang")
 
 SERVE_ADAPTER = "serve the adapter beside the base (format=adapter), which loses nothing"
-PACKED_CURE = f"{SERVE_ADAPTER}, export format=bf16, or train adapter.targets=attention, which stays bf16 in it"
-GGUF_CURE = "serve the adapter beside the base (format=adapter_gguf), or train adapter.targets=attention"
+CALIBRATE = "try rounding=calibrated"
+ATTENTION = "train adapter.targets=attention, which stays bf16 in it"
+PACKED_CURE = f"{SERVE_ADAPTER}, export format=bf16, {CALIBRATE}, or {ATTENTION}"
+GGUF_CURE = f"serve the adapter beside the base (format=adapter_gguf), {CALIBRATE}, or {ATTENTION}"
 CURES = {
     "bf16": SERVE_ADAPTER,
     "mxfp4": PACKED_CURE,
@@ -58,6 +58,26 @@ CURES = {
     "gguf_q8_0": f"export format=gguf, {GGUF_CURE}",
     "adapter_gguf": "export again",
 }
+
+
+def fidelity_fault(
+    base: Distances, exported: Distances, min_fidelity: float, *, noise: float = ARITHMETIC_NOISE
+) -> str | None:
+    """What is wrong with a merged model that keeps too little of the training; None if nothing is.
+
+    Nothing is, whatever its fidelity, within the noise of the arithmetic that will run it, or if `min_fidelity` is 0.
+
+    Args:
+        base, exported: distances from the trained model.
+        noise: what that arithmetic moves logits by, the median of `Distances.relative`.
+    """
+    kept = fidelity(base, exported)
+    kept_enough = min_fidelity == 0 or (kept is not None and kept >= min_fidelity)
+    if kept_enough or quantile(exported.relative, 0.5) <= noise:
+        return None
+    left, effect = (quantile(distances.kl_nats, 0.5) for distances in (exported, base))
+    measured = "the training changes nothing here" if kept is None else f"fidelity {kept:.2f}, below {min_fidelity:g}"
+    return f"{measured}: median KL from the trained model is {left:.2g} nats, and the base's is {effect:.2g}"
 
 
 @dataclass(frozen=True)
@@ -115,6 +135,7 @@ class VerifyReport:
     readings: list[Reading]
     not_run: dict[str, str]
     weights: WeightCheck
+    min_fidelity: float = MIN_FIDELITY
 
     @property
     def failures(self) -> list[str]:
@@ -160,8 +181,9 @@ class VerifyReport:
                 "readers_agree_relative_p95": SAME_MODEL_P95,
                 "weight_block_relative": WEIGHT_BOUNDS,
                 "arithmetic_noise_relative_median": ARITHMETIC_NOISE,
-                "lost_share": LOST_SHARE.get(self.format),
+                "min_fidelity": self.min_fidelity,
             },
+            "fidelity": {reading.program: fidelity(self.base, reading.from_trained) for reading in self.readings},
             "distance_from_trained": {name: distances.summary() for name, distances in columns.items()},
             "distance_from_first_reader": {
                 reading.program: reading.from_first.summary() for reading in self.readings if reading.from_first
@@ -184,7 +206,7 @@ class VerifyReport:
                 },
             },
         }
-        return cast(dict[str, Any], _finite(content))
+        return finite(content)
 
     def __str__(self) -> str:
         rows = len({place.rpartition(" generation ")[0] for place in self.places})
@@ -255,16 +277,8 @@ class VerifyReport:
         )
 
     def _merge_fault(self, reading: Reading) -> str | None:
-        if quantile(reading.from_trained.relative, 0.5) <= reading.noise:
-            return None
-        effect, left = (quantile(distances.kl_nats, 0.5) for distances in (self.base, reading.from_trained))
-        allowed = LOST_SHARE[self.format]
-        if left <= allowed * effect:
-            return None
-        return (
-            f"{reading.program}: median KL from the trained model is {left:.2g} nats, and the base's is {effect:.2g}; "
-            f"{self.format} is to stay below {allowed:.0%} of that: {CURES[self.format]}"
-        )
+        fault = fidelity_fault(self.base, reading.from_trained, self.min_fidelity, noise=reading.noise)
+        return fault and f"{reading.program}: {fault}: {CURES[self.format]}"
 
     def _farthest(self, count: int = 3) -> list[str]:
         """The positions that are farthest from the trained model for the first reader."""
@@ -286,12 +300,3 @@ def _line(label: str, distances: Distances) -> str:
     summary = distances.summary()
     *numbers, same_top = summary.values()
     return f"  {label:24}" + "".join(f"{number:10.1e}" for number in numbers) + f"{same_top:8.1%}"
-
-
-def _finite(content: object) -> object:
-    """The content with None for inf, which JSON cannot say."""
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not isfinite(content) else content

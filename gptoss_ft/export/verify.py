@@ -7,7 +7,6 @@ P positions · V vocabulary
 
 import filecmp
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -18,11 +17,13 @@ from tqdm import tqdm
 
 from gptoss_ft.adapters.merged import compute_merged
 from gptoss_ft.adapters.save import load_adapter
-from gptoss_ft.data.sample import IGNORED_LABEL, Sample
+from gptoss_ft.config.schema import MIN_FIDELITY
+from gptoss_ft.data.sample import Sample
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import CONFIG_FILE, read_adapter
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.distance import Distances
+from gptoss_ft.export.excerpts import Excerpt, select_positions
 from gptoss_ft.export.gguf_adapter import read_adapter_gguf
 from gptoss_ft.export.gguf_layout import ADAPTER_FILE, MODEL_FILE
 from gptoss_ft.export.gguf_read import GgufModel
@@ -52,21 +53,6 @@ LLAMA_CPP = "llama-cpp-python"
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
-@dataclass(frozen=True)
-class Excerpt:
-    """The start of a sample, as far as it is needed, and the positions whose next token carries loss."""
-
-    sample: Sample
-    input_ids_T: Tensor
-    positions_P: Tensor
-
-    @property
-    def places(self) -> list[str]:
-        """Row, generation and predicted token of each position."""
-        row = f"{self.sample.row} generation {self.sample.generation}"
-        return [f"{row} token {position + 1}" for position in self.positions_P.tolist()]
-
-
 def verify_export(
     *,
     base: Path,
@@ -75,6 +61,7 @@ def verify_export(
     samples: Sequence[Sample],
     max_tokens: int,
     merged_training: bool = False,
+    min_fidelity: float = MIN_FIDELITY,
     progress: bool = True,
 ) -> VerifyReport:
     """Compare an exported adapter or checkpoint with base + adapter, in fp32 on the CPU.
@@ -87,6 +74,7 @@ def verify_export(
         samples: rows to compare on, used from the first on.
         max_tokens: positions to compare at most, of those that carry loss.
         merged_training: the adapter was trained through the rounding of its merge, see `compute_merged`.
+        min_fidelity: what a merged model has to keep, see `distance.fidelity`.
         progress: show a bar for every program on stderr.
 
     Raises:
@@ -111,6 +99,7 @@ def verify_export(
         readings=readings,
         not_run=not_run,
         weights=weights,
+        min_fidelity=min_fidelity,
     )
 
 
@@ -155,24 +144,6 @@ def _check_companions(base: Checkpoint, export: Path) -> None:
             raise UserError(f"{export} has no {name}: export again, or copy it from {base.path}")
         if not filecmp.cmp(base.path / name, export / name, shallow=False):
             raise UserError(f"{export / name} is not the base's: export again, or copy it from {base.path}")
-
-
-def select_positions(samples: Sequence[Sample], max_tokens: int) -> list[Excerpt]:
-    """The first `max_tokens` positions that carry loss, and the tokens up to them."""
-    excerpts: list[Excerpt] = []
-    remaining = max_tokens
-    for sample in samples:
-        # The logits of one position predict the token of the next.
-        positions = [t - 1 for t, label in enumerate(sample.labels) if t and label != IGNORED_LABEL][:remaining]
-        if positions:
-            ids = sample.input_ids[: positions[-1] + 1]
-            excerpts.append(Excerpt(sample, torch.tensor(ids), torch.tensor(positions)))
-            remaining -= len(positions)
-        if not remaining:
-            break
-    if not excerpts:
-        raise UserError("no token of the rows to compare on carries loss: give other rows with data=FILE")
-    return excerpts
 
 
 def check_weights(

@@ -61,12 +61,12 @@ def checkpoint_distances(
         delta = deltas.get(name)
         if len(tensor.shape) == 3:
             for expert in range(tensor.shape[0]):
-                found_OK = _expert(export, name, expert)
+                found_OK = expert_weight(export, name, expert)
                 if merged_training and delta and (factors := delta.factors(expert)):
                     target_OK = _merged_expert(base, name, expert, factors, delta.scaling)
                     yield WeightDistance(name, "merged", worst_block(target_OK, found_OK), expert)
                     continue
-                target_OK = _expert(base, name, expert)
+                target_OK = expert_weight(base, name, expert)
                 changed = _add(target_OK, delta, expert)
                 yield WeightDistance(name, _kind(base, export, changed), worst_block(target_OK, found_OK), expert)
         elif merged_training and name not in rounded and delta and (factors := delta.factors()):
@@ -113,7 +113,7 @@ def _block_norms(values: Tensor) -> Tensor:
     return pad(values, (0, -values.shape[-1] % BLOCK_SIZE)).unflatten(-1, (-1, BLOCK_SIZE)).norm(dim=-1)
 
 
-def _expert(checkpoint: Checkpoint | GgufModel, name: str, expert: int) -> Tensor:
+def expert_weight(checkpoint: Checkpoint | GgufModel, name: str, expert: int) -> Tensor:
     """An expert's weight, fp32 [O, K]."""
 
     def read(part: str) -> Tensor:

@@ -23,11 +23,12 @@ from gptoss_ft.data.sample import Sample
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import export_adapter, read_adapter
 from gptoss_ft.export.distance import Distances
+from gptoss_ft.export.excerpts import select_positions
 from gptoss_ft.export.fingerprint import write_fingerprint
 from gptoss_ft.export.gguf_adapter import export_adapter_gguf
 from gptoss_ft.export.merge import merge
 from gptoss_ft.export.verdict import Reading, VerifyReport, WeightCheck
-from gptoss_ft.export.verify import select_positions, verify_export
+from gptoss_ft.export.verify import verify_export
 from gptoss_ft.export.weights import worst_block
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint

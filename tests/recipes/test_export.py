@@ -43,7 +43,7 @@ def run(small_spec, small_bases, tmp_path):
 
 
 def test_the_base_may_move_but_not_change(run, small_spec, small_bases, tmp_path, capsys):
-    words = ["export", f"run={run}", "format=bf16"]
+    words = ["export", f"run={run}", "format=bf16", "fidelity_tokens=0"]
     write_fingerprint(run, Checkpoint.open(small_bases["mxfp4"]))
     assert json.loads((run / "base.json").read_text())["path"] == str(small_bases["mxfp4"])
     moved = shutil.copytree(small_bases["mxfp4"], tmp_path / "moved")
@@ -103,13 +103,13 @@ def test_a_folder_has_one_record_however_it_is_spelled(run, tmp_path, monkeypatc
         ("adapter_vllm", ["adapter_config.json", "adapter_model.safetensors"]),
         ("adapter_sglang", ["adapter_config.json", "adapter_model.safetensors"]),
         ("adapter_gguf", ["adapter.gguf"]),
-        ("original", ["config.json", "model.safetensors"]),
-        ("gguf", ["model.gguf"]),
-        ("gguf_q8_0", ["model.gguf"]),
+        ("original", ["config.json", "merge.json", "model.safetensors"]),
+        ("gguf", ["merge.json", "model.gguf"]),
+        ("gguf_q8_0", ["merge.json", "model.gguf"]),
     ],
 )
 def test_a_format_is_its_files_and_its_record(run, tmp_path, format, files, capsys):
-    assert main(["export", f"run={run}", f"format={format}", f"out={tmp_path / 'out'}"]) == 0
+    assert main(["export", f"run={run}", f"format={format}", f"out={tmp_path / 'out'}", "fidelity_tokens=0"]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*files, "manifest.json"])
     printed = capsys.readouterr().out
     assert "written anew" in printed or format.startswith("adapter")

@@ -1,0 +1,109 @@
+"""merge.json: what was merged into which base, how each weight was written, and what that keeps of the training.
+
+It lies in the exported folder, where loaders pass over it, and in the run folder.
+"""
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+from gptoss_ft.errors import UserError
+from gptoss_ft.export.deltas import LowRankDelta
+from gptoss_ft.export.distance import finite, quantile
+from gptoss_ft.export.fidelity import Fidelity
+from gptoss_ft.export.fingerprint import base_fingerprint
+from gptoss_ft.export.merge import MergeReport
+from gptoss_ft.export.verdict import ARITHMETIC_NOISE
+from gptoss_ft.model.checkpoint import Checkpoint
+
+MERGE_FILE = "merge.json"
+
+Merged = list[dict[str, str]]
+"""Base and adapter of every merge that led to a folder, the first one first."""
+
+
+def adapter_digest(deltas: Mapping[str, LowRankDelta]) -> str:
+    """A sha256 of all updates, however their files are named or ordered."""
+    digest = sha256()
+    for name, delta in sorted(deltas.items()):
+        digest.update(f"{name} {delta.scaling!r}".encode())
+        for factor in (delta.A, delta.B):
+            digest.update(factor.float().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def merged_into(base: Checkpoint) -> Merged:
+    """What a base says was merged into it; nothing of a base without merge.json.
+
+    Raises:
+        UserError: if its merge.json is damaged.
+    """
+    file = base.path / MERGE_FILE
+    if not file.is_file():
+        return []
+    try:
+        return [
+            {key: str(step[key]) for key in ("base", "adapter")} for step in json.loads(file.read_bytes())["merged"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged: remove it to merge into {base.path} whatever it holds") from error
+
+
+def holds_already(base: Checkpoint, adapter: str) -> bool:
+    """Whether the adapter with this digest was merged into the base before."""
+    return any(step["adapter"] == adapter for step in merged_into(base))
+
+
+def merge_record(base: Checkpoint, adapter: str, report: MergeReport, fidelity: Fidelity | None) -> dict[str, Any]:
+    """For JSON."""
+    content = report.to_dict()
+    if fidelity:
+        for name, tensor in content["tensors"].items():
+            if name in fidelity.output_errors:
+                tensor["held_out_output_error"] = fidelity.output_errors[name].relative
+    merged = [*merged_into(base), {"base": base_fingerprint(base), "adapter": adapter}]
+    return finite({"merged": merged, **content, "fidelity": fidelity and fidelity.to_dict()})
+
+
+def as_table(report: MergeReport, fidelity: Fidelity | None) -> str:
+    """Every layer and every updated weight on a line."""
+    lines = [str(report)]
+    if fidelity:
+        lines += [
+            str(fidelity),
+            "",
+            "outputs of decoder layers, distance from the trained model's",
+            f"{'layer':>6}{'export':>10}{'base':>10}",
+            *(f"{number:6}{d.exported:10.1e}{d.base:10.1e}" for number, d in enumerate(fidelity.layers)),
+        ]
+    lines += [
+        "",
+        "updates: size, share of numbers changed, share retained, error, error of outputs on held-out rows",
+        *(
+            f"{stats.relative_update:9.2%}{stats.changed_share:8.1%}{_share(stats.retained)}"
+            f"{_share(stats.relative_error)}{_share(_output_error(fidelity, name))}  {name}"
+            for name, stats in report.updates.items()
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def effect_note(fidelity: Fidelity) -> str | None:
+    """A warning where the training changed less than a server's arithmetic does."""
+    effect = quantile(fidelity.base.relative, 0.5)
+    if effect > ARITHMETIC_NOISE:
+        return None
+    return (
+        f"the training moves the logits by {effect:.1e} on these rows, less than the arithmetic of servers does "
+        f"({ARITHMETIC_NOISE:.0e}): what the export keeps of that is not judged"
+    )
+
+
+def _output_error(fidelity: Fidelity | None, name: str) -> float | None:
+    found = fidelity.output_errors.get(name) if fidelity else None
+    return found.relative if found else None
+
+
+def _share(value: float | None) -> str:
+    return f"{'-':>9}" if value is None else f"{value:9.1%}"
