@@ -83,18 +83,21 @@ def test_the_report_says_what_transformers_says(run, tiny_base, merged):
     assert 0.5 < wanted["fidelity"] < 1
 
 
-def test_every_layout_of_one_model_has_one_report(run, merged, tmp_path, capsys):
-    wanted = record(merged)["fidelity"]
-    for format in ("original", "gguf", "gguf_q8_0", "bf16"):
-        assert export(run, tmp_path / format, f"format={format}") == 0
-        found = record(tmp_path / format)["fidelity"]
-        assert f"fidelity {found['fidelity']:.3f}" in capsys.readouterr().out
-        assert json.loads(next(run.path.glob(f"merge-{format}-{format}-*.json")).read_text())["fidelity"] == found
-        if format in ("original", "gguf"):
-            assert found == wanted
-    # 8 bits cost little beside 4 bits, and bf16 hardly anything.
-    q8, bf16 = (record(tmp_path / format)["fidelity"]["fidelity"] for format in ("gguf_q8_0", "bf16"))
-    assert wanted["fidelity"] - 0.05 < q8 < wanted["fidelity"] + 0.01 and bf16 > 0.97
+# The gguf package takes its time to read a vocabulary.
+@pytest.mark.parametrize(
+    "format", ["original", "bf16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gguf", "gguf_q8_0"))]
+)
+def test_every_layout_of_one_model_has_one_report(run, merged, tmp_path, format, capsys):
+    assert export(run, tmp_path / "out", f"format={format}") == 0
+    wanted, found = (record(folder)["fidelity"] for folder in (merged, tmp_path / "out"))
+    assert f"fidelity {found['fidelity']:.3f}" in capsys.readouterr().out
+    assert json.loads(next(run.path.glob(f"merge-{format}-out-*.json")).read_text())["fidelity"] == found
+    if format in ("original", "gguf"):
+        assert found == wanted
+    elif format == "gguf_q8_0":  # 8 bits cost little beside 4 bits
+        assert wanted["fidelity"] - 0.05 < found["fidelity"] < wanted["fidelity"] + 0.01
+    else:
+        assert found["fidelity"] > 0.97 > wanted["fidelity"]
 
 
 def test_layers_and_outputs_are_those_of_whole_models(run, tiny_base, merged):
@@ -115,11 +118,8 @@ def test_layers_and_outputs_are_those_of_whole_models(run, tiny_base, merged):
         assert layer["base"] > layer["exported"] > 0
 
     inputs = []
-    hook = (
-        trained.get_base_model()
-        .model.layers[0]
-        .mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
-    )
+    mlp = trained.get_base_model().model.layers[0].mlp
+    hook = mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
     for excerpt in excerpts:
         hidden(trained, excerpt)
     hook.remove()
