@@ -20,8 +20,8 @@ from gptoss_ft.export.excerpts import Excerpt, select_positions
 from gptoss_ft.export.fidelity import measure_fidelity
 from gptoss_ft.export.fingerprint import check_fingerprint
 from gptoss_ft.export.gguf_adapter import export_adapter_gguf
-from gptoss_ft.export.merge import MergeFormat, MergeReport, merge
-from gptoss_ft.export.merge_record import MERGE_FILE, adapter_digest, as_table, effect_note, holds_already, merge_record
+from gptoss_ft.export.merge import MERGE_FILE, MergeFormat, MergeReport, merge
+from gptoss_ft.export.merge_record import adapter_digest, as_table, effect_note, holds_already, merge_record
 from gptoss_ft.export.sglang_adapter import export_adapter_sglang
 from gptoss_ft.export.verdict import CURES, fidelity_fault
 from gptoss_ft.export.verify import open_export

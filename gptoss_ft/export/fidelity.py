@@ -18,7 +18,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gptoss_ft.adapters.experts import ExpertsLora
 from gptoss_ft.adapters.merged import compute_merged
 from gptoss_ft.adapters.save import load_adapter
 from gptoss_ft.export.deltas import LowRankDelta
@@ -250,7 +249,7 @@ def _inputs_of(layer: nn.Module, prefix: str, deltas: Mapping[str, LowRankDelta]
     with ExitStack() as hooks:
         for path, module in layer.named_modules():
             name = f"{prefix}{path}"
-            if isinstance(module, ExpertsLora) and path == "mlp.experts":
+            if path == "mlp.experts" and any(f"{name}.{projection}" in deltas for projection in PROJECTIONS):
                 seen = inputs.setdefault(name, [])
                 hooks.enter_context(
                     module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append((args[0], args[1])))

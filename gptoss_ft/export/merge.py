@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 from gguf import GGMLQuantizationType
 
 from gptoss_ft.export.deltas import LowRankDelta, check_deltas
+from gptoss_ft.export.finite import check_rewritten
 from gptoss_ft.export.gguf_layout import MODEL_FILE, GgufFormat, check_representable, gguf_tensors
 from gptoss_ft.export.gguf_model import write_model
 from gptoss_ft.export.merged import Calibrate, MergedWeights, row_workers
@@ -25,6 +26,8 @@ MergeFormat = Literal["bf16", "mxfp4", "original", "gguf", "gguf_q8_0"]
 
 # A relative error near 1 means that what was written is as far from the updated weight as the base is.
 LOST = 0.95
+# The record of a merge, see `merge_record`.
+MERGE_FILE = "merge.json"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class MergeReport:
         num_copied: tensors whose bytes are the base's.
         num_calibrated, num_nearest: experts of packed stacks that were rounded for their inputs and to nearest.
         merged_training: training computed with the rounded weights, so that nothing is lost by rounding them.
+        calibrated: `packed_digest` of the former by HF weight name and expert: no bound for single blocks holds there.
     """
 
     format: MergeFormat
@@ -45,6 +49,7 @@ class MergeReport:
     num_calibrated: int = 0
     num_nearest: int = 0
     merged_training: bool = False
+    calibrated: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         total = sum(self.updates.values(), UpdateStats())
@@ -78,6 +83,10 @@ class MergeReport:
             "num_tensors_copied": self.num_copied,
             "num_experts_calibrated": self.num_calibrated,
             "num_experts_to_nearest": self.num_nearest,
+            "calibrated_experts": {
+                name: {str(expert): digest for expert, digest in digests.items()}
+                for name, digests in self.calibrated.items()
+            },
             "overall": _as_dict(sum(self.updates.values(), UpdateStats())),
             "tensors": {name: _as_dict(stats) for name, stats in self.updates.items()},
         }
@@ -109,10 +118,12 @@ def merge(
         check: called with the finished folder before it has its name, and the report; what it raises leaves no `out`.
 
     Raises:
-        UserError: if a delta is for no weight of the base, of another shape or not finite; if the format cannot hold
-            the model; if `out` exists or its disk is too small. Nothing is left behind.
+        UserError: if a delta is for no weight of the base, of another shape or not finite; if a weight that is written
+            anew is not finite; if the format cannot hold the model; if `out` exists or its disk is too small. Nothing
+            is left behind.
     """
     check_deltas(base.spec, deltas)
+    check_rewritten(base, deltas, format)
     with whole_folder(out, num_bytes=_num_bytes(base.spec, format)) as folder:
         with row_workers() as pool:
             weights = MergedWeights(base, deltas, pool, calibrate, merged_training=merged_training)
@@ -121,7 +132,13 @@ def merge(
             else:
                 num_copied = _write_checkpoint(weights, folder, format, progress)
         report = MergeReport(
-            format, weights.updates, num_copied, weights.num_calibrated, weights.num_nearest, merged_training
+            format,
+            weights.updates,
+            num_copied,
+            weights.num_calibrated,
+            weights.num_nearest,
+            merged_training,
+            weights.calibrated,
         )
         if check:
             check(folder, report)

@@ -6,6 +6,7 @@ It lies in the exported folder, where loaders pass over it, and in the run folde
 import json
 from collections.abc import Mapping
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from gptoss_ft.errors import UserError
@@ -13,11 +14,9 @@ from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.distance import finite, quantile
 from gptoss_ft.export.fidelity import Fidelity
 from gptoss_ft.export.fingerprint import base_fingerprint
-from gptoss_ft.export.merge import MergeReport
+from gptoss_ft.export.merge import MERGE_FILE, MergeReport
 from gptoss_ft.export.verdict import ARITHMETIC_NOISE
 from gptoss_ft.model.checkpoint import Checkpoint
-
-MERGE_FILE = "merge.json"
 
 Merged = list[dict[str, str]]
 """Base and adapter of every merge that led to a folder, the first one first."""
@@ -48,6 +47,22 @@ def merged_into(base: Checkpoint) -> Merged:
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged: remove it to merge into {base.path} whatever it holds") from error
+
+
+def calibrated_in(export: Path) -> dict[str, dict[int, str]]:
+    """The experts of an export that were rounded for their inputs: name, number, and `packed_digest`.
+
+    Raises:
+        UserError: if its merge.json is damaged.
+    """
+    file = export / MERGE_FILE
+    if not file.is_file():
+        return {}
+    try:
+        recorded = json.loads(file.read_bytes())["calibrated_experts"]
+        return {name: {int(e): str(digest) for e, digest in digests.items()} for name, digests in recorded.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged: export again") from error
 
 
 def holds_already(base: Checkpoint, adapter: str) -> bool:

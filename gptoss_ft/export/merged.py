@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class MergedWeights:
         updates: by HF weight name, over the experts that have an update, how it compares with what was written;
             also every expert stack that had to be rounded from bf16 to MXFP4.
         num_calibrated, num_nearest: experts of packed stacks that were rounded for their inputs and to nearest.
+        calibrated: `packed_digest` of the former by HF weight name and expert.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class MergedWeights:
         self.pool = pool
         self.calibrate = calibrate
         self.num_calibrated = self.num_nearest = 0
+        self.calibrated: dict[str, dict[int, str]] = {}
         self.packed = base.layout != "bf16"
         self.updates: dict[str, UpdateStats] = {}
 
@@ -180,6 +183,8 @@ class MergedWeights:
             return measure_update(base, target, dequantize_mxfp4(blocks[rows], scales[rows], torch.float32))
 
         self._over_rows(name, blocks.shape[0], add)
+        if rounding:
+            self.calibrated.setdefault(name, {})[expert] = packed_digest(blocks, scales)
 
     def _round_to_mxfp4(
         self, name: str, weight: Tensor, update: Callable[[slice], Tensor] | None
@@ -202,6 +207,13 @@ class MergedWeights:
     def _over_rows(self, name: str, num_rows: int, work: Callable[[slice], UpdateStats]) -> None:
         chunks = [slice(start, start + CHUNK_ROWS) for start in range(0, num_rows, CHUNK_ROWS)]
         self.updates[name] = sum(self.pool.map(work, chunks), self.updates.get(name, UpdateStats()))
+
+
+def packed_digest(blocks: Tensor, scales: Tensor) -> str:
+    """A sha256 of MXFP4 numbers, in a checkpoint's order of bytes."""
+    digest = sha256(blocks.contiguous().numpy().data)
+    digest.update(scales.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def drain(waiting: deque[Tensor]) -> Iterator[Tensor]:

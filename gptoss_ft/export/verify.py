@@ -28,6 +28,7 @@ from gptoss_ft.export.gguf_adapter import read_adapter_gguf
 from gptoss_ft.export.gguf_layout import ADAPTER_FILE, MODEL_FILE
 from gptoss_ft.export.gguf_read import GgufModel
 from gptoss_ft.export.llama_cpp import LlamaCpp, open_adapter_with_llama_cpp
+from gptoss_ft.export.merge_record import calibrated_in
 from gptoss_ft.export.readers import (
     NotRun,
     Reader,
@@ -85,7 +86,9 @@ def verify_export(
     check_hashes(export, progress=progress)
     format, contents = open_export(base_checkpoint, export)
     excerpts = select_positions(samples, max_tokens)
-    weights = check_weights(base_checkpoint, adapter, contents, progress, merged_training=merged_training)
+    weights = check_weights(
+        base_checkpoint, adapter, contents, calibrated_in(export), progress, merged_training=merged_training
+    )
     del contents
     trained_PV, base_distances = trained_logits(
         base_checkpoint, adapter, excerpts, progress, merged_training=merged_training
@@ -147,12 +150,18 @@ def _check_companions(base: Checkpoint, export: Path) -> None:
 
 
 def check_weights(
-    base: Checkpoint, adapter: Path, contents: Contents, progress: bool = False, *, merged_training: bool = False
+    base: Checkpoint,
+    adapter: Path,
+    contents: Contents,
+    calibrated: Mapping[str, Mapping[int, str]],
+    progress: bool = False,
+    *,
+    merged_training: bool = False,
 ) -> WeightCheck:
-    """Compare all weights, file with file."""
+    """Compare all weights, file with file; `calibrated` as for `checkpoint_distances`."""
     deltas = read_adapter(adapter, base.spec)
     distances = (
-        checkpoint_distances(base, deltas, contents, merged_training=merged_training)
+        checkpoint_distances(base, deltas, contents, calibrated, merged_training=merged_training)
         if isinstance(contents, Checkpoint | GgufModel)
         else delta_distances(deltas, contents)
     )

@@ -15,13 +15,14 @@ from torch.nn.functional import pad
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.gguf_layout import through_q8_0
 from gptoss_ft.export.gguf_read import GgufModel
+from gptoss_ft.export.merged import packed_digest
 from gptoss_ft.kernels.dispatch import dequantize_mxfp4, merge_bf16, merge_mxfp4
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 from gptoss_ft.model.checkpoint import Checkpoint
 
 CHUNK_ROWS = 4096
 
-Kind = Literal["copied", "update", "bf16", "q8_0", "mxfp4", "merged"]
+Kind = Literal["copied", "update", "bf16", "q8_0", "mxfp4", "merged", "calibrated"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class WeightDistance:
         name: HF name of the bf16 layout.
         kind: what it is to be: unchanged, an adapter's update, rounded to a format, or the very numbers that training
             through the merge computed with.
+        altered: whether its bytes are others than were noted when it was written, where they were.
     """
 
     name: str
     kind: Kind
     worst: float
     expert: int | None = None
+    altered: bool = False
 
     @property
     def place(self) -> str:
@@ -48,6 +51,7 @@ def checkpoint_distances(
     base: Checkpoint,
     deltas: Mapping[str, LowRankDelta],
     export: Checkpoint | GgufModel,
+    calibrated: Mapping[str, Mapping[int, str]] | None = None,
     *,
     merged_training: bool = False,
 ) -> Iterator[WeightDistance]:
@@ -55,6 +59,8 @@ def checkpoint_distances(
 
     Args:
         merged_training: base + deltas is what training through the merge computed with, rounded as it was there.
+        calibrated: `packed_digest` by name and expert of those that were rounded for their inputs, where a block may be
+            far from its target on purpose.
     """
     rounded = export.rounded if isinstance(export, GgufModel) else set()
     for name, tensor in base.spec.tensors("bf16").items():
@@ -68,7 +74,13 @@ def checkpoint_distances(
                     continue
                 target_OK = expert_weight(base, name, expert)
                 changed = _add(target_OK, delta, expert)
-                yield WeightDistance(name, _kind(base, export, changed), worst_block(target_OK, found_OK), expert)
+                worst = worst_block(target_OK, found_OK)
+                wanted_digest = (calibrated or {}).get(name, {}).get(expert)
+                if wanted_digest is None:
+                    yield WeightDistance(name, _kind(base, export, changed), worst, expert)
+                else:
+                    packed = (export.read(f"{name}_{part}", expert, expert + 1)[0] for part in ("blocks", "scales"))
+                    yield WeightDistance(name, "calibrated", worst, expert, packed_digest(*packed) != wanted_digest)
         elif merged_training and name not in rounded and delta and (factors := delta.factors()):
             target_OK = merge_bf16(base.read(name), factors[1], factors[0], delta.scaling)
             yield WeightDistance(name, "merged", worst_block(target_OK, export.read(name)))

@@ -168,24 +168,39 @@ def _identify(config: dict[str, Any], where: str) -> tuple[Layout, GptOssSpec]:
 
 def _read_headers(path: Path) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
-    for file in _weight_files(path):
+    weight_map = _weight_map(path)
+    for file in _weight_files(path, weight_map):
         for name, tensor in _read_header(file).items():
             if name in stored:
                 raise UserError(f"{name} is in {stored[name].file.name} and in {file.name} of {path}: remove one file")
             stored[name] = tensor
+    for name, file_name in (weight_map or {}).items():
+        if name not in stored or stored[name].file.name != file_name:
+            where = f"is in {stored[name].file.name}" if name in stored else "is in none of the files"
+            raise UserError(
+                f"{path / INDEX_FILE} says that {name} is in {file_name}, but it {where}: "
+                "the index and the files are of different checkpoints, copy or download both again"
+            )
     return stored
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _weight_map(path: Path) -> dict[str, str] | None:
+    """File name by tensor, as the index says; None without an index."""
     if not (path / INDEX_FILE).exists():
+        return None
+    weight_map = _read_json(path / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{path / INDEX_FILE} has no weight_map: copy or download it again")
+    return weight_map
+
+
+def _weight_files(path: Path, weight_map: dict[str, str] | None) -> list[Path]:
+    if weight_map is None:
         files = sorted(path.glob("*.safetensors"))
         if not files:
             raise UserError(f"{path} has no *.safetensors files: its weights are missing or not downloaded yet")
         return files
-    index = _read_json(path / INDEX_FILE)
-    if not isinstance(index.get("weight_map"), dict):
-        raise UserError(f"{path / INDEX_FILE} has no weight_map: copy or download it again")
-    names = sorted(set(index["weight_map"].values()))
+    names = sorted(set(weight_map.values()))
     absent = [name for name in names if not (path / name).is_file()]
     if absent:
         raise UserError(

@@ -34,6 +34,7 @@ from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
 from gptoss_ft.model.spec import GptOssSpec
+from gptoss_ft.mxfp4.round import measure_update
 from gptoss_ft.recipes import verify as recipe
 
 WIDE = GptOssSpec(
@@ -272,6 +273,40 @@ def test_one_flipped_sign_in_a_copied_expert_fails(tmp_path):
     report = trained.verify(damaged(exports, "mxfp4", flip, tmp_path / "bad"))
     assert not report.passed
     assert f"{gate_up(0)}, expert 1 is off" in report.failures[0]
+
+
+def test_calibrated_experts_are_known_by_what_was_written(wide, tmp_path):
+    """Rounded to 0 and 1 scales only, no block is near its target, and still one changed code is found."""
+
+    class Coarse:
+        def round(self, target, base_blocks, base_scales):
+            stats = measure_update(target, target, target)
+            return torch.full_like(base_blocks, 0x22), base_scales, stats
+
+    base = Checkpoint.open(wide.base)
+    deltas = read_adapter(wide.adapter, base.spec)
+    coarse = {(gate_up(), 2)}
+    report = merge(
+        base,
+        deltas,
+        tmp_path / "mxfp4",
+        format="mxfp4",
+        calibrate=lambda name, expert: Coarse() if (name, expert) in coarse else None,
+        progress=False,
+    )
+    assert list(report.calibrated) == [gate_up()] and list(report.calibrated[gate_up()]) == [2]
+    # Nothing says that these blocks are so on purpose.
+    assert [d.place for d in wide.verify(tmp_path / "mxfp4").weights.outside] == [f"{gate_up()}, expert 2"]
+    (tmp_path / "mxfp4" / "merge.json").write_text(json.dumps(report.to_dict()))
+    verified = wide.verify(tmp_path / "mxfp4")
+    assert not verified.weights.outside and verified.weights.worst["calibrated"].worst > 0.4
+    assert "known by hash" in str(verified)
+
+    def change(tensors):
+        tensors[f"{gate_up()}_blocks"][2, 0, 0, 0] ^= 1
+
+    altered = wide.verify(damaged({"mxfp4": tmp_path / "mxfp4"}, "mxfp4", change, tmp_path / "damaged"))
+    assert "merge.json has another hash of what was written" in altered.failures[0]
 
 
 def flip_byte(file, tensor, number):
