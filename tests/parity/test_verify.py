@@ -1,6 +1,7 @@
 """Exports opened by transformers, PEFT and OpenAI's reference implementation: good ones pass, damaged ones do not."""
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import dataclass, replace
