@@ -70,7 +70,7 @@ def append(command: str, metrics: dict[str, float]) -> None:
 
 def unit(metric: str) -> str:
     """The unit that a metric's name implies; the longest match wins, as in tokens_per_s."""
-    matches = [part for part in UNITS if metric.startswith(part) or metric.endswith(part) or f"_{part}_" in metric]
+    matches = [part for part in UNITS if f"_{part.strip('_')}_" in f"_{metric}_"]
     if not matches:
         raise SystemExit(f"{metric} has no unit: name it, or add one to UNITS")
     return UNITS[max(matches, key=len)]
