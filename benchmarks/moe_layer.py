@@ -6,7 +6,6 @@
 and adapters. Each side runs in a process of its own:
 
     ours    this package, weights packed as MXFP4
-    merged  the same in merge-aware training: weights and updates are merged and rounded in each step
     peer    transformers' experts with the implementation `grouped_mm`, bf16 weights, PEFT's `target_parameters`
 
 Time is processor time over threads, which another job's use of the cores hardly changes; the median of three rounds
@@ -65,13 +64,12 @@ def main() -> None:
     result: dict[str, float] = {}
     bounds = []
     for tokens in args.tokens:
-        ours, merged, peer = (in_process(side, tokens, args.threads, args.limit) for side in SIDES)
+        ours, peer = (in_process(side, tokens, args.threads, args.limit) for side in SIDES)
         speedup, ratio = peer.seconds / ours.seconds, ours.mib / peer.mib
         least, most = ("at least ", "at most ") if peer.stopped else ("", "")
         print(f"{tokens} tokens, {args.threads} threads: ours {ours} | peer {peer}", end=" | ")
-        print(f"{least}{speedup:.1f} times as fast, with {most}{ratio:.3f} of the memory | merged {merged}", flush=True)
+        print(f"{least}{speedup:.1f} times as fast, with {most}{ratio:.3f} of the memory", flush=True)
         result |= {f"speedup_{tokens}": round(speedup, 2), f"memory_ratio_{tokens}": round(ratio, 3)}
-        result |= {f"merged_time_ratio_{tokens}": round(merged.seconds / ours.seconds, 2)}
         bounds += [f"{name}_{tokens}" for name in ("speedup", "memory_ratio") if peer.stopped]
     if args.json:
         print(json.dumps(result | {"bounds": bounds}))
@@ -117,11 +115,7 @@ def measure(side: str, tokens: int, threads: int, limit: float) -> None:
     print(json.dumps((statistics.median(times[1:] or times), peak - base)), flush=True)
 
 
-def merged(tokens: int) -> tuple[Callable[[], None], list[Tensor]]:
-    return ours(tokens, merged_forward=True)
-
-
-def ours(tokens: int, *, merged_forward: bool = False) -> tuple[Callable[[], None], list[Tensor]]:
+def ours(tokens: int) -> tuple[Callable[[], None], list[Tensor]]:
     from peft import LoraConfig
 
     from gptoss_ft.adapters.experts import wrap_experts
@@ -137,7 +131,6 @@ def ours(tokens: int, *, merged_forward: bool = False) -> tuple[Callable[[], Non
             parameter.data.normal_()
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA)
     layer = wrap_experts(experts, "default", lora, projections=("gate_up_proj", "down_proj"), experts=None)
-    layer.merged_forward = merged_forward
     return step_of(layer, layer, tokens)
 
 
@@ -202,7 +195,7 @@ def status_mib(pid: int, name: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024 / MIB
 
 
-SIDES = {"ours": ours, "merged": merged, "peer": peer}
+SIDES = {"ours": ours, "peer": peer}
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
@@ -84,6 +85,27 @@ def make_random_adapter(base: Path, out: Path, *, targets=("all",), r=4, **optio
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return save_adapter(model, out)
+
+
+def in_fp32(file, out):
+    """The same file with every number as fp32."""
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(out, "gpt-oss")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@pytest.fixture(scope="session")
+def widened():
+    return in_fp32
 
 
 @pytest.fixture(scope="session")

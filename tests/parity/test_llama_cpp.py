@@ -9,7 +9,6 @@ import re
 from dataclasses import replace
 from importlib.util import find_spec
 
-import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -28,22 +27,6 @@ from gptoss_ft.model.load import load_base
 from gptoss_ft.model.spec import SPECS
 
 pytestmark = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
-
-
-def widened(file, out):
-    """The same file with every number as fp32."""
-    reader = gguf.GGUFReader(file)
-    writer = gguf.GGUFWriter(out, "gpt-oss")
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
 
 
 def logits(folder, ids_T, *, deltas=None, truncate=True):
@@ -73,7 +56,7 @@ def base(small_bases):
 
 
 @pytest.fixture(scope="module")
-def files(base, tmp_path_factory):
+def files(base, widened, tmp_path_factory):
     """The base in both GGUF formats, and widened to fp32."""
     root = tmp_path_factory.mktemp("gguf")
     for format in ("gguf", "gguf_q8_0"):
