@@ -7,6 +7,10 @@ class UserError(ValueError):
     exit_code = 1
 
 
+class RestUnreadableError(UserError):
+    """A fault in a file of rows behind which nobody can tell where the next row begins."""
+
+
 class ConfigError(UserError):
     """A key, value or argument that cannot be accepted; nothing has been written."""
 

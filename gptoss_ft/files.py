@@ -104,11 +104,16 @@ def partial_of(path: Path) -> Path:
 
 def remove_abandoned(path: Path) -> None:
     """Remove the partial folders of `path` whose process has ended."""
-    prefix = _partial_prefix(path)
     for folder in path.parent.iterdir():
-        process = folder.name.removeprefix(prefix)
-        if folder.name.startswith(prefix) and process.isdecimal() and not psutil.pid_exists(int(process)):
+        if folder.name.startswith(_partial_prefix(path)) and is_abandoned(folder):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_abandoned(partial: Path) -> bool:
+    """Whether the process of this machine that kept something in `partial` has ended."""
+    machine, _, process = partial.name.rpartition("-")
+    is_ours = machine.endswith(f".partial-{platform.node()}")
+    return is_ours and process.isdecimal() and not psutil.pid_exists(int(process))
 
 
 def _partial_prefix(path: Path) -> str:

@@ -17,7 +17,7 @@ from gptoss_ft.data.dataset import CompiledSamples
 from gptoss_ft.data.files import expand, kind_of
 from gptoss_ft.data.skipped import SkippedRows
 from gptoss_ft.errors import UserError
-from gptoss_ft.files import naming_a_bad_place, partial_of
+from gptoss_ft.files import is_abandoned, naming_a_bad_place, partial_of
 
 CODE = ("data", "harmony")
 SUFFIX = ".arrow"
@@ -61,16 +61,16 @@ def cached(
     folder = Path(folder)
     with naming_a_bad_place(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    # Before the content is read: reading it and waiting for another process take a while.
+    before = _stamps(found)
     file = folder / f"{_key(found, settings)}{SUFFIX}"
     with _locked(file, announce):
         kept = _opened(file)
         if kept is not None:
-            date = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
-            announce(f"samples compiled before are used (last on {date}): {file}; data.cache=false compiles them anew")
-            file.touch()
+            announce(f"samples compiled before are used{_used_now(file)}: {file}; data.cache=false compiles them anew")
             return kept
         remove_unused(folder)
-        before, partial = _stamps(found), partial_of(file)
+        partial = partial_of(file)
         try:
             compiled = compile(partial)
             if _stamps(found) == before and not (skipped and skipped.count):
@@ -81,7 +81,10 @@ def cached(
 
 
 def remove_unused(folder: Path, *, days: float = KEPT_DAYS) -> int:
-    """Remove samples that were not used for some days, and what interrupted runs left; returns the bytes freed."""
+    """Remove samples that were not used for some days, and what interrupted runs left; returns the bytes freed.
+
+    What a run is writing now stays.
+    """
     freed = 0
     if not folder.is_dir():
         return freed
@@ -90,8 +93,11 @@ def remove_unused(folder: Path, *, days: float = KEPT_DAYS) -> int:
             continue
         try:
             status = file.stat()
-            # Half a file that has not grown for a day is nobody's.
-            limit = min(days, 1) if file.suffix != SUFFIX else days
+            if ".partial-" in file.name:
+                # Half a file that has not grown for a day is nobody's, on whichever machine it was begun.
+                limit = 0.0 if is_abandoned(file) else 1.0
+            else:
+                limit = days if file.suffix == SUFFIX else min(days, 1)
             if time.time() - status.st_mtime >= limit * 24 * 3600:
                 file.unlink()
                 freed += status.st_size
@@ -104,12 +110,12 @@ def writable_folder(folder: str | None) -> Path:
     """The folder to use: the named one, else the user's cache, else, where that cannot be written, a temporary one."""
     if folder is not None:
         return Path(folder)
-    chosen = default_folder()
     try:
+        chosen = default_folder()
         chosen.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=chosen):
             return chosen
-    except OSError:
+    except (OSError, RuntimeError):  # the latter of a user without a home
         return Path(tempfile.gettempdir()) / f"gptoss-ft-samples-{os.getuid()}"
 
 
@@ -136,6 +142,16 @@ def _opened(file: Path) -> CompiledSamples | None:
         return CompiledSamples.open(file)
     except (OSError, ValueError, KeyError, TypeError):  # ArrowInvalid is a ValueError
         return None
+
+
+def _used_now(file: Path) -> str:
+    """Note that a file is in use; returns when it last was, for a message."""
+    try:
+        before = file.stat().st_mtime
+        os.utime(file)
+    except OSError:
+        return ""  # removed meanwhile, or another user's: it has been opened, and that is enough
+    return f" (last on {time.strftime('%Y-%m-%d %H:%M', time.localtime(before))})"
 
 
 def _stamps(found: Iterable[str]) -> list[tuple[int, int]]:

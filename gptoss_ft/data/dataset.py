@@ -106,7 +106,7 @@ def compile_samples(
                 else:
                     counts["tokens"] += len(ids)
                     counts["loss_tokens"] += num_loss_tokens
-                    writer.add(ids, weights, file=row.file, line=row.line, generation=generation)
+                    writer.add(ids, weights, row=counts["rows"], file=row.file, line=row.line, generation=generation)
         if not counts["tokens"]:
             raise UserError(
                 f"no sample is left of {counts['rows']} rows in {', '.join(map(str, paths))}: "

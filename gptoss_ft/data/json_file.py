@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from gptoss_ft.errors import UserError
+from gptoss_ft.errors import RestUnreadableError, UserError
 
 WINDOW = 2**16
 SPACE = " \t\r\n"
@@ -19,7 +19,7 @@ SCANNER = json.JSONDecoder(parse_int=str, parse_float=str)
 def json_objects(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | UserError]]:
     """Yield each row's first line and its JSON text.
 
-    The first row that is not JSON ends the file, since nobody can say where the next one begins.
+    The first row that is not JSON ends the file with a `RestUnreadableError`.
     """
     window = _Window(file)
     in_list = window.peek() == "["
@@ -29,7 +29,7 @@ def json_objects(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | 
         if in_list and window.text[0] == "]":
             window.skip(1)
             if window.peek():
-                yield window.line, UserError("something follows the list of rows; remove it")
+                yield window.line, RestUnreadableError("something follows the list of rows; remove it")
             return
         line = window.line
         end = window.end_of_value(max_bytes)
@@ -41,10 +41,10 @@ def json_objects(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | 
         if in_list and window.peek() == ",":
             window.skip(1)
             if window.peek() in ("]", ""):
-                yield window.line, UserError("a comma has no row behind it; remove it")
+                yield window.line, RestUnreadableError("a comma has no row behind it; remove it")
                 return
         elif in_list and window.peek() != "]":
-            yield window.line, UserError("the list of rows does not go on with , or ]; mend the JSON")
+            yield window.line, RestUnreadableError("the list of rows does not go on with , or ]; mend the JSON")
             return
 
 
@@ -77,13 +77,15 @@ class _Window:
                 _, end = SCANNER.raw_decode(self.text)
                 return end
             except RecursionError:
-                return UserError("lists and objects are nested too deeply; flatten them")
+                return RestUnreadableError("lists and objects are nested too deeply; flatten them")
             except json.JSONDecodeError as error:
                 if len(self.text) > max_bytes:
-                    return UserError(f"no row ends within {max_bytes // 2**20} MiB; mend the JSON or split the row")
+                    return RestUnreadableError(
+                        f"no row ends within {max_bytes // 2**20} MiB; mend the JSON or split the row"
+                    )
                 # Twice as much each time: what is parsed again stays below what is parsed once.
                 if not self._read(max(WINDOW, len(self.text))):
-                    return UserError(f"not JSON ({error.msg} in line {self.line + error.lineno - 1})")
+                    return RestUnreadableError(f"not JSON ({error.msg} in line {self.line + error.lineno - 1})")
 
     def _read(self, num_bytes: int) -> bool:
         """Whether there was more."""

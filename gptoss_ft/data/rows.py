@@ -20,7 +20,7 @@ from gptoss_ft.data.schemas.chat import DEFAULTS
 from gptoss_ft.data.schemas.registry import READERS
 from gptoss_ft.data.skipped import SkippedRows
 from gptoss_ft.data.source import RawRow, first_rows, parse_row, raw_rows, read_rows
-from gptoss_ft.errors import ConfigError, UserError
+from gptoss_ft.errors import ConfigError, RestUnreadableError, UserError
 from gptoss_ft.harmony.conversation import Conversation
 
 OnError = Literal["stop", "skip"]
@@ -52,16 +52,17 @@ DEFAULT_SETTINGS = RowSettings()
 
 @dataclass(frozen=True)
 class Row(Generic[Result]):
-    """What the function made of a row, and where the row is."""
+    """What the function made of a row, and where the row is; `place` is as `RawRow` has it."""
 
     file: str
     line: int
+    place: str
     format: str
     result: Result
 
     @property
     def where(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"{self.file}:{self.place}"
 
 
 def map_rows(
@@ -83,7 +84,8 @@ def map_rows(
         needs_answers: refuse formats that hold prompts only.
 
     Raises:
-        UserError: naming file, line, field and cure, if a row cannot be used; if more than `max_skipped` cannot.
+        UserError: naming file, line, field and cure, if a row cannot be used; if more than `max_skipped` cannot; if
+            the rest of a file cannot be read, in any case.
         ConfigError: if the format is unknown.
     """
     skipped = SkippedRows() if skipped is None else skipped
@@ -99,12 +101,17 @@ def map_rows(
                     num_rows += 1
                     bar.update()
                     if not isinstance(outcome, _Fault):
-                        yield Row(file, row.line, detection.format, outcome)
+                        yield Row(file, row.line, row.place, detection.format, outcome)
                     elif settings.on_error == "stop":
-                        raise UserError(f"{file}:{row.line}: {outcome.error}") from outcome.error
+                        raise UserError(f"{file}:{row.place}: {outcome.error}") from outcome.error
+                    elif isinstance(outcome.error, RestUnreadableError):
+                        raise UserError(
+                            f"{file}:{row.place}: {outcome.error}; the rows behind it cannot be told apart, so that "
+                            "it cannot be skipped alone"
+                        ) from outcome.error
                     else:
                         num_skipped += 1
-                        skipped.add(file, row.line, outcome.error, row.content)
+                        skipped.add(file, row, outcome.error)
     if num_skipped > settings.max_skipped * num_rows:
         raise UserError(
             f"{num_skipped} of {num_rows} rows cannot be used, more than the {settings.max_skipped:.0%} that may be "

@@ -21,6 +21,7 @@ SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
         "loss_weights": pa.list_(pa.float32()),
+        "row": pa.int32(),
         "file": pa.int32(),
         "line": pa.int64(),
         "generation": pa.int32(),
@@ -43,7 +44,7 @@ class SampleWriter:
         self._files: dict[str, int] = {}
         self._ids: list[NDArray[np.int32]] = []
         self._weights: list[NDArray[np.float32]] = []
-        self._places: list[tuple[int, int, int]] = []
+        self._places: list[tuple[int, int, int, int]] = []
         self._num_tokens = 0
 
     def __enter__(self) -> "SampleWriter":
@@ -63,12 +64,15 @@ class SampleWriter:
             self._sink.close()
 
     def add(
-        self, ids: NDArray[np.int32], weights: NDArray[np.float32], *, file: str, line: int, generation: int
+        self, ids: NDArray[np.int32], weights: NDArray[np.float32], *, row: int, file: str, line: int, generation: int
     ) -> None:
-        """Append a sample: token ids and the weight of each one's loss, and where it is from."""
+        """Append a sample: token ids and the weight of each one's loss, and where it is from.
+
+        `row` is the same for the samples of a row of data and rises with each: several may be on one line.
+        """
         self._ids.append(ids)
         self._weights.append(weights)
-        self._places.append((self._files.setdefault(file, len(self._files)), line, generation))
+        self._places.append((row, self._files.setdefault(file, len(self._files)), line, generation))
         self._num_tokens += len(ids)
         if self._num_tokens >= BATCH_TOKENS:
             with naming_a_full_disk(self.path):
@@ -111,22 +115,21 @@ class SampleTable(Sequence[Sample]):
             [np.diff(batch.column("input_ids").offsets.to_numpy()) for batch in self._batches], np.int32
         )
         self._files = _joined([batch.column("file").to_numpy() for batch in self._batches], np.int32)
-        lines = _joined([batch.column("line").to_numpy() for batch in self._batches], np.int64)
-        # The samples of a row are one after the other.
-        is_first = (np.diff(lines, prepend=-1) != 0) | (np.diff(self._files, prepend=-1) != 0)
-        self._rows = np.cumsum(is_first, dtype=np.int32)
+        self._rows = _joined([batch.column("row").to_numpy() for batch in self._batches], np.int32)
         self._chosen = np.arange(self._starts[-1])
 
     @classmethod
     def of(cls, samples: Iterable[Sample]) -> "SampleTable":
-        """A table of samples that are in memory, in a temporary file."""
+        """A table of samples that are in memory, in a temporary file; those of a row are one after the other."""
         with tempfile.TemporaryDirectory() as folder:
             with SampleWriter(Path(folder, "samples.arrow")) as writer:
+                row, previous = 0, ""
                 for sample in samples:
+                    row, previous = row + (sample.row != previous), sample.row
                     file, _, line = sample.row.rpartition(":")
                     ids = np.array(sample.input_ids, np.int32)
                     weights = np.array(sample.loss_weights, np.float32)
-                    writer.add(ids, weights, file=file, line=int(line), generation=sample.generation)
+                    writer.add(ids, weights, row=row, file=file, line=int(line), generation=sample.generation)
             return cls(writer.path)
 
     def take(self, places: Sequence[int] | NDArray[np.integer] | NDArray[np.bool_]) -> "SampleTable":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gptoss_ft.data.schemas.fields import FieldError
+from gptoss_ft.data.source import RawRow
 from gptoss_ft.errors import UserError
 from gptoss_ft.files import naming_a_bad_place, naming_a_full_disk, partial_of
 
@@ -26,14 +27,15 @@ class SkippedRows:
         self.first: list[str] = []
         self._file: IO[str] | None = None
 
-    def add(self, file: str, line: int, error: UserError, content: object) -> None:
+    def add(self, file: str, row: RawRow, error: UserError) -> None:
         field = error.field if isinstance(error, FieldError) else ""
         self.count += 1
         self.by_field[without_indices(field) or "row"] += 1
         if len(self.first) < SHOWN:
-            self.first.append(f"{file}:{line}: {error}")
+            self.first.append(f"{file}:{row.place}: {error}")
         if self.path:
-            record = {"file": file, "line": line, "field": field, "error": str(error), "row": _as_json(content)}
+            place = {"file": file, "line": row.line} | ({"number": row.number} if row.number else {})
+            record = place | {"field": field, "error": str(error), "row": _as_json(row.content)}
             with naming_a_bad_place(self.path), naming_a_full_disk(self.path):
                 if self._file is None:
                     self.path.parent.mkdir(parents=True, exist_ok=True)

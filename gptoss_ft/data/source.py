@@ -23,10 +23,19 @@ MAX_ROW_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row's line (its number, in files without lines) and its JSON bytes, its value, or why it has neither."""
+    """A row's line (its number, in files without lines) and its JSON bytes, its value, or why it has neither.
+
+    `number` counts the file's rows from 1; it is there if the row before begins on the same line.
+    """
 
     line: int
     content: bytes | Mapping[str, Any] | UserError
+    number: int | None = None
+
+    @property
+    def place(self) -> str:
+        """Where in the file it is, for people."""
+        return str(self.line) if self.number is None else f"{self.line} (row {self.number})"
 
 
 def raw_rows(path: str | Path) -> Iterator[RawRow]:
@@ -36,11 +45,11 @@ def raw_rows(path: str | Path) -> Iterator[RawRow]:
         UserError: naming the file, if it is missing, damaged or holds no row.
     """
     (path,) = expand([path])
-    is_empty = True
-    for line, content in _rows(path):
-        is_empty = False
-        yield RawRow(line, content)
-    if is_empty:
+    number = previous = 0
+    for number, (line, content) in enumerate(_rows(path), start=1):
+        yield RawRow(line, content, number if line == previous else None)
+        previous = line
+    if not number:
         raise UserError(f"{path}: the file is empty; a JSONL file holds one JSON object a line")
 
 
@@ -78,7 +87,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         try:
             yield row.line, parse_row(row.content)
         except UserError as error:
-            raise UserError(f"{path}:{row.line}: {error}") from error
+            raise UserError(f"{path}:{row.place}: {error}") from error
 
 
 def first_rows(path: str | Path, count: int) -> list[tuple[int, Mapping[str, Any]]]:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gptoss_ft.errors import UserError
+from gptoss_ft.errors import RestUnreadableError, UserError
 
 BATCH_ROWS = 64
 HUB = "hf://"
@@ -27,13 +27,13 @@ def csv_rows(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, Mapping[str,
     if header is None:
         return
     if twice := sorted({name for name in header if header.count(name) > 1}):
-        yield 1, UserError(f"several columns are called {twice}; rename them")
+        yield 1, RestUnreadableError(f"several columns are called {twice}; rename them")
         return
     while True:
         try:
             cells = next(rows, None)
         except csv.Error as error:
-            yield rows.line_num, UserError(f"not CSV ({error}); check the quotes from here on")
+            yield rows.line_num, RestUnreadableError(f"not CSV ({error}); check the quotes from here on")
             return
         if cells is None:
             return

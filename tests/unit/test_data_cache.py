@@ -136,6 +136,37 @@ def test_a_home_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
         cached(writable_folder(str(tmp_path / "file" / "x")), [tmp_path / "file"], 0, compile_samples)
 
 
+def test_a_user_without_a_home_is_no_error(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it is where nobody has that user's number
+    assert writable_folder(None).is_relative_to(cache.tempfile.gettempdir())
+
+
+def test_what_a_run_is_writing_survives_a_clearing(path, tmp_path):
+    def compile(out):
+        def clear(text):
+            (tmp_path / "cache" / f"{out.name.rpartition('-')[0]}-999999999").touch()
+            remove_unused(tmp_path / "cache", days=0)
+
+        return compile_samples([path], max_length=512, out=out, announce=clear)
+
+    assert len(cached(tmp_path / "cache", [path], 0, compile).samples) == 6
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".arrow"]
+
+
+def test_rows_that_change_while_a_process_waits_are_not_kept(path, tmp_path, monkeypatch):
+    key = cache._key
+
+    def slow_key(*args):
+        name = key(*args)
+        path.write_text(path.read_text() * 2)
+        return name
+
+    monkeypatch.setattr(cache, "_key", slow_key)
+    cached(tmp_path / "cache", [path], 0, lambda out: compile_samples([path], max_length=512, out=out))
+    assert kept(tmp_path / "cache") == []
+
+
 def test_old_samples_and_halves_go_when_new_ones_come(through_cache):
     through_cache()
     (old,) = kept(through_cache.folder)

@@ -113,6 +113,16 @@ def test_split_keeps_a_rows_generations_together(rows_file):
     assert any(list(split_rows(samples, 0.1, seed)[1]) != held_out for seed in range(5))
 
 
+def test_rows_on_one_line_are_rows_of_their_own(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{"messages": TWO_TURNS}] * 4))
+    (tmp_path / "row.json").write_text(json.dumps([{"messages": TWO_TURNS}]))
+    paths = [tmp_path / name for name in ("rows.json", "row.json", "row.json")]
+    samples = compile_samples(paths, max_length=512).samples
+    assert np.diff(samples.row_numbers).tolist() == [0, 1] * 5 + [0]
+    train, held_out = split_rows(samples, 0.5, seed=0)
+    assert (len(train), len(held_out)) == (6, 6)
+
+
 def test_split_never_empties_a_side():
     two_rows = SampleTable.of(Sample([1, 2], [0.0, 1.0], f"rows.jsonl:{line}", 0) for line in (1, 2))
     assert [len(side) for side in split_rows(two_rows, 0.01, seed=0)] == [1, 1]

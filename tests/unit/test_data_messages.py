@@ -128,6 +128,15 @@ def test_tools_bare_or_wrapped_and_without_nulls(wrap):
     assert read_tools == (Tool("f", "", {"type": "object", "properties": {}}), Tool("g"))
 
 
+def test_a_default_of_null_is_kept_where_no_table_has_put_nulls():
+    written = {"properties": {"x": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None}}}
+    filled = {"properties": {"x": {"type": "string", "enum": None, "default": None}}}
+    read_tools = read(USER, ANSWER, tools=[{"name": name, "parameters": written} for name in "fg"]).tools
+    assert [tool.parameters for tool in read_tools] == [written] * 2
+    (tool,) = read(USER, ANSWER, tools=[{"name": "f", "parameters": filled}]).tools
+    assert tool.parameters == {"properties": {"x": {"type": "string"}}}
+
+
 def test_row_settings():
     assert read(USER, ANSWER).reasoning_effort == "medium"
     assert read(USER, ANSWER).model_identity == DEFAULT_IDENTITY

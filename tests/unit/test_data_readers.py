@@ -11,12 +11,13 @@ from gptoss_ft.data.schemas.openai_rft import read_rft_row
 from gptoss_ft.data.schemas.preference import read_preference_pair
 from gptoss_ft.data.schemas.registry import READERS
 from gptoss_ft.errors import UserError
-from gptoss_ft.harmony.conversation import Conversation, Message, Tool
+from gptoss_ft.harmony.conversation import Conversation, Message, ResponseFormat, Tool
 from gptoss_ft.harmony.generations import generations
 from gptoss_ft.harmony.vocabulary import decode
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
+THOUGHT = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "t"}]}
 PARAMETERS = {"type": "object", "properties": {"x": {"type": "integer"}}}
 FUNCTION = {"name": "f", "description": "d", "parameters": PARAMETERS}
 
@@ -171,6 +172,25 @@ def test_of_a_logged_response_only_the_output_has_loss():
     )
 
 
+def test_the_shape_that_a_response_was_asked_for_is_kept():
+    shape = {"type": "json_schema", "name": "n", "strict": True, "schema": {"type": "object"}}
+    kept = read("openai_responses", input="q", output=[ANSWER], text={"format": shape, "verbosity": "low"})
+    assert kept.response_formats == (ResponseFormat("n", {"type": "object"}),)
+    plain = read("openai_responses", input="q", output=[ANSWER], text={"format": {"type": "text"}})
+    assert plain.response_formats == ()
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("alpaca", {"instruction": "q", "output": "a"}),
+        ("multilingual_thinking", {"user": "q", "analysis": "t", "final": "a"}),
+    ],
+)
+def test_tools_of_formats_without_calls_are_declared(format, row):
+    assert read(format, **row, tools=[FUNCTION]).tools == (Tool("f", "d", PARAMETERS),)
+
+
 def test_parallel_calls_of_a_response_go_with_their_results():
     calls = [{"type": "function_call", "call_id": i, "name": "f", "arguments": "{}"} for i in "ab"]
     results = [{"type": "function_call_output", "call_id": i, "output": f"of {i}"} for i in "ba"]
@@ -311,6 +331,12 @@ BAD_ROWS = [
         {"messages": [USER], "grader": {"type": "multi", "graders": {"a": {"type": "x"}}, "calculate_output": "a"}},
         "grader.graders.a.type: 'x' is not a grader",
     ),
+    (
+        "openai_responses",
+        {"items": [USER, ANSWER, THOUGHT]},
+        "items[2]: is the end of reasoning that led to no message",
+    ),
+    ("openai_responses", {"items": [THOUGHT, USER, ANSWER]}, "items[1]: comes after reasoning that led to no message"),
     ("harmony", {"text": "hello"}, "text: message 0 is not <|start|>header"),
     ("harmony", {"text": "<|start|>user<|message|>q<|start|>x<|message|>y<|end|>"}, "text: message 0 is not"),
     ("harmony", {"text": "<|start|>user to=<|message|>q<|end|>"}, "text: message 0 has a header that is not harmony's"),

@@ -48,6 +48,30 @@ def test_order_and_places_are_kept(write, num_processes):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("rows.json", "[{good}, {good}, x{good}, {good}]", r"rows\.json:1 \(row 3\): not JSON"),
+        ("open.json", "[{good}, {good}", r"open\.json:2: the list of rows does not go on"),
+        ("rows.csv", "prompt,completion,prompt\nq,a,q\n", r"rows\.csv:1: several columns"),
+    ],
+)
+def test_the_unreadable_rest_of_a_file_is_never_skipped(write, name, content, fault):
+    path = write(content.replace("{good}", row("a")), name=name)
+    settings = RowSettings(format="messages", on_error="skip", max_skipped=1)
+    with pytest.raises(UserError, match=fault + ".*cannot be skipped alone"):
+        list(map_rows([path], answer, settings))
+
+
+def test_rows_on_one_line_are_told_apart(write, tmp_path):
+    path = write(f"[{row('a')}, {row('b', role='wizard')}]", name="rows.json")
+    with pytest.raises(UserError, match=r"rows\.json:1 \(row 2\): messages\[1\]\.role"):
+        list(map_rows([path], answer))
+    with SkippedRows(tmp_path / "skipped.jsonl") as skipped:
+        list(map_rows([path], answer, SKIP, skipped=skipped))
+    assert json.loads((tmp_path / "skipped.jsonl").read_text())["number"] == 2
+
+
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_faults_stop_or_are_skipped(write, tmp_path, num_processes):
     path = write(row("a"), "{", row("forbidden"), row("b", role="wizard"), *[row("c")] * 4)

@@ -56,7 +56,7 @@ from gptoss_ft.data.sample_table import SampleTable, SampleWriter
 with SampleWriter(Path(sys.argv[1])) as writer:
     ids = np.arange(4096, dtype=np.int32)
     for line in range(int(sys.argv[2])):
-        writer.add(ids, ids.astype(np.float32), file="rows.jsonl", line=line, generation=0)
+        writer.add(ids, ids.astype(np.float32), row=line, file="rows.jsonl", line=line, generation=0)
 table = SampleTable(Path(sys.argv[1]))
 assert all(table.arrays(place)[0][-1] == 4095 for place in range(len(table)))
 lines = open("/proc/self/status").read().splitlines()

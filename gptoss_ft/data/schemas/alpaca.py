@@ -32,7 +32,7 @@ def read_alpaca_row(row: Mapping[str, Any], *, defaults: Conversation = DEFAULTS
         chat += [ChatMessage(turns[0], "user", turns[0]), _answer(turns[1])]
     question = "\n\n".join(filter(None, (fields["instruction"].text(), fields["input"].joined_text())))
     chat += [ChatMessage(fields["instruction"], "user", Field(question, "instruction")), _answer(fields["output"])]
-    return conversation_of(chat, fields, defaults=defaults)
+    return conversation_of(chat, fields, tools=fields["tools"], defaults=defaults)
 
 
 def _answer(text: Field) -> ChatMessage:

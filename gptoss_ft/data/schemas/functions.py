@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import isfinite
 from typing import Any
 
@@ -17,7 +18,8 @@ LONG_NUMBER = re.compile(r"\d{300}")
 def read_tools(tools: Sequence[Field], where: Field) -> tuple[Tool, ...]:
     """Function tools, each bare or under `{"type": "function", "function": ...}`; `where` is the list of them.
 
-    Nulls inside a schema are dropped: table formats fill every key that another row has with null.
+    Nulls inside a schema are dropped, as table formats fill every key that another row has with null; but where no
+    other key is null, a default of null is kept.
     """
     read = tuple(map(_read_tool, tools))
     names = [tool.name for tool in read]
@@ -50,14 +52,14 @@ def call_arguments(arguments: Field) -> str:
 
 
 def read_schema(schema: Field) -> Mapping[str, Any]:
-    """A JSON Schema object without its nulls.
+    """A JSON Schema object, without the nulls that a table has put there.
 
     Raises:
         FieldError: if it holds what has no place in JSON or in tokens.
     """
     schema.object()
     check_values(schema)
-    return _without_nulls(schema.value)
+    return schema.value if _null_keys(schema.value) <= {"default"} else _without_nulls(schema.value)
 
 
 def _read_tool(tool: Field) -> Tool:
@@ -107,6 +109,14 @@ def _name_the_fault(tree: Field) -> None:
             pass
         case other:
             raise tree.error(f"{type(other).__name__} has no place in JSON; write it as text")
+
+
+def _null_keys(schema: Any) -> set[str]:
+    """The keys that are null, at any depth."""
+    if isinstance(schema, Mapping):
+        inner = chain.from_iterable(map(_null_keys, schema.values()))
+        return {key for key, value in schema.items() if value is None}.union(inner)
+    return set(chain.from_iterable(map(_null_keys, schema))) if isinstance(schema, list) else set()
 
 
 def _without_nulls(schema: Any) -> Any:

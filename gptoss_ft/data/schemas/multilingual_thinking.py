@@ -31,4 +31,4 @@ def read_multilingual_thinking_row(row: Mapping[str, Any], *, defaults: Conversa
         ChatMessage(fields["user"], "user", fields["user"]),
         ChatMessage(fields["final"], "assistant", fields["final"], thinking=fields["analysis"].joined_text()),
     ]
-    return conversation_of(chat, fields, defaults=defaults)
+    return conversation_of(chat, fields, tools=fields["tools"], defaults=defaults)

@@ -23,6 +23,7 @@ ROLES: dict[str, ChatRole] = {
     "user": "user",
     "assistant": "assistant",
 }
+ASTRAY = "reasoning that led to no message or call; remove that reasoning"
 
 
 def recognises(row: Mapping[str, Any]) -> str | None:
@@ -51,9 +52,18 @@ def read_responses_row(row: Mapping[str, Any], *, defaults: Conversation = DEFAU
     output = fields["items"] or fields["output"]
     chat += _messages(output.parsed_list(), weight=1.0)
     require_answer(chat, output)
-    settings = fields["reasoning"]["effort"] if isinstance(fields["reasoning"].value, Mapping) else None
-    stated = Field({**row, "reasoning_effort": settings.value}) if settings else fields
-    return conversation_of(chat, stated, tools=fields["tools"], defaults=defaults)
+    return conversation_of(chat, _settings(fields), tools=fields["tools"], defaults=defaults)
+
+
+def _settings(fields: Field) -> Field:
+    """The row with its `reasoning.effort` and `text.format` where other formats have them."""
+    stated = dict(fields.object())
+    if isinstance(fields["reasoning"].value, Mapping) and (effort := fields["reasoning"]["effort"]):
+        stated["reasoning_effort"] = effort.value
+    if isinstance(fields["text"].value, Mapping) and (shape := fields["text"]["format"]):
+        flat = shape.object()
+        stated["response_format"] = {"type": flat.get("type"), "json_schema": flat}
+    return Field(stated)
 
 
 @dataclass
@@ -86,11 +96,13 @@ def _messages(items: list[Field], *, weight: float) -> Iterator[ChatMessage]:
         elif message and message.role == "assistant":
             turn.message = message
         elif turn.thinking:
-            raise item.error("comes after reasoning that led to no message or call; remove that reasoning")
+            raise item.error(f"comes after {ASTRAY}")
         else:
             yield message or ChatMessage(item, "tool", item["output"], call_id=item["call_id"])
     if turn.message:
         yield _closed(turn, weight)
+    elif turn.thinking:
+        raise items[-1].error(f"is the end of {ASTRAY}")
 
 
 def _closed(turn: _Turn, weight: float) -> ChatMessage:
