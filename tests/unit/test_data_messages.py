@@ -137,6 +137,16 @@ def test_a_default_of_null_is_kept_where_no_table_has_put_nulls():
     assert tool.parameters == {"properties": {"x": {"type": "string"}}}
 
 
+def test_a_channel_that_a_message_names_is_its_contents():
+    split = [USER, {**ANSWER, "content": "hm", "channel": "analysis"}, {**ANSWER, "channel": "final"}]
+    assert read(*split).messages == read(USER, {**ANSWER, "thinking": "hm"}).messages
+    said = {"role": "assistant", "content": "one moment", "channel": "commentary"}
+    assert read(USER, said, calls(call()), result("1"), ANSWER).messages[1].is_preamble
+    for fault, message in (({"channel": "thoughts"}, "is not a channel"), ({"recipient": "functions.f"}, "tool_calls")):
+        with pytest.raises(UserError, match=message):
+            read(USER, {**ANSWER, **fault})
+
+
 def test_row_settings():
     assert read(USER, ANSWER).reasoning_effort == "medium"
     assert read(USER, ANSWER).model_identity == DEFAULT_IDENTITY

@@ -2,8 +2,8 @@
 
 A row has `messages` and may have `tools`, `response_format`, and `reasoning_effort`, `model_identity` and
 `builtin_tools`, the last three also inside `chat_template_kwargs`. A message has `role` and `content`; an assistant's
-may have `thinking` (or `reasoning_content`, `reasoning`), `tool_calls`, `weight` (that of its loss, 0 for none) and
-`train` (false for none).
+may have `thinking` (or `reasoning_content`, `reasoning`), `tool_calls`, `channel` (that of its content), `weight` (that
+of its loss, 0 for none) and `train` (false for none).
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from gptoss_ft.data.schemas.chat import DEFAULTS, ChatCall, ChatMessage, ChatRole, conversation_of, require_answer
 from gptoss_ft.data.schemas.fields import Field
-from gptoss_ft.harmony.conversation import Conversation
+from gptoss_ft.harmony.conversation import CHANNELS, Channel, Conversation
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_WEIGHT = 1_000_000
@@ -47,6 +47,8 @@ def chat_message(entry: Field, *, has_loss: bool = True) -> ChatMessage:
     if entry["function_call"]:
         raise entry["function_call"].error("is OpenAI's older spelling; name data.format=openai_chat to read it")
     is_assistant = role == "assistant"
+    if is_assistant and entry["recipient"]:
+        raise entry["recipient"].error("makes a call in harmony's own spelling; write it as one of `tool_calls`")
     thinking = next(filter(None, (entry[key].joined_text() for key in THINKING_KEYS)), "") if is_assistant else ""
     calls = entry["tool_calls"].parsed_list() if is_assistant and entry["tool_calls"] else []
     return ChatMessage(
@@ -54,11 +56,20 @@ def chat_message(entry: Field, *, has_loss: bool = True) -> ChatMessage:
         role=cast(ChatRole, role),
         content=entry["content"],
         thinking=thinking,
+        channel=_channel(entry) if is_assistant else None,
         calls=tuple(ChatCall(call["function"]["name"], call["function"]["arguments"], call["id"]) for call in calls),
         call_id=entry["tool_call_id"],
         name=entry["name"],
         weight=_weight(entry) if has_loss and is_assistant else 0.0,
     )
+
+
+def _channel(entry: Field) -> Channel | None:
+    """The channel that a message names for its content, as rows do that were split up from harmony."""
+    named = entry["channel"]
+    if named and named.value not in CHANNELS:
+        raise named.error(f"{named.value!r} is not a channel; use one of {', '.join(CHANNELS)}")
+    return cast(Channel | None, named.value)
 
 
 def _weight(entry: Field) -> float:
