@@ -109,6 +109,13 @@ def test_more_than_the_share_stops_and_keeps_the_report(write, tmp_path):
     assert (tmp_path / "skipped.jsonl").read_text().count("\n") == 2
 
 
+def test_the_share_itself_may_be_skipped_and_not_one_more(write):
+    settings = RowSettings(on_error="skip")
+    assert len(list(map_rows([write("{", *[row("a")] * 19)], answer, settings))) == 19
+    with pytest.raises(UserError, match="1 of 19 rows"):
+        list(map_rows([write("{", *[row("a")] * 18)], answer, settings))
+
+
 def test_an_interruption_leaves_no_half_report(write, tmp_path):
     path = write(row("a"), "{", row("b"))
     with pytest.raises(KeyboardInterrupt), SkippedRows(tmp_path / "skipped.jsonl") as skipped:

@@ -47,6 +47,14 @@ def test_reasoning_goes_once_a_final_answer_has_followed_it():
     assert answer[0] == closed + text(*follow_up[:-1]) + "<|start|>assistant"
 
 
+def test_only_the_last_final_answer_counts_however_many_there_are():
+    second = (Message("user", "q2"), Message("assistant", "t3", "analysis"), ANSWER)
+    third = (Message("user", "q3"), Message("assistant", "t4", "analysis"), ANSWER)
+    *_, last = texts(*LOOP, *second, *third)
+    assert last[0] == text(QUESTION, CALL, RESULT, ANSWER, second[0], ANSWER, third[0]) + "<|start|>assistant"
+    assert last[1].startswith("<|channel|>analysis<|message|>t4")
+
+
 def test_each_of_several_calls_is_prompted_with_those_before_it():
     other = Message("assistant", '{"x":1}', "commentary", "functions.g", "json")
     first, second = texts(QUESTION, THOUGHT, CALL, other)

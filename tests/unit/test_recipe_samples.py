@@ -55,3 +55,28 @@ def test_loss(rows):
     learned = [token for token, weight in zip(sample.input_ids, sample.loss_weights, strict=True) if weight == 0.5]
     assert decode(learned) == "<|start|>assistant<|channel|>final<|message|>a<|return|>"
     assert sample.num_loss_tokens == len(learned)
+
+
+def test_kept_samples_are_those_of_the_settings_and_of_the_file(rows, tmp_path):
+    def compiled(path, **settings):
+        return compile_rows([path], DataConfig(path=[str(path)], **settings))
+
+    changes = [
+        {},
+        {"max_length": 65},
+        {"policy": LossPolicy.no_reasoning},
+        {"final_weight": 0.5},
+        {"missing_reasoning": MissingReasoning.low_effort},
+        {"knowledge_cutoff": None},
+        {"builtin_tools": [BuiltinTool.python]},
+    ]
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(rows.read_bytes())
+    seen = []
+    for path, change in [(copy, {}), *((rows, change) for change in changes)]:
+        fresh = compiled(path, **change, cache=False)
+        for _ in range(2):
+            kept = compiled(path, **change, cache_dir=str(tmp_path / "cache"))
+            assert (list(kept.samples), str(kept)) == (list(fresh.samples), str(fresh))
+        assert list(fresh.samples) not in seen
+        seen.append(list(fresh.samples))
