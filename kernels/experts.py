@@ -12,21 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptoss_ft.kernels import dispatch, reference
+from gptoss_ft.kernels import dispatch, low_rank, reference
+from gptoss_ft.kernels.low_rank import LowRank
 from gptoss_ft.kernels.reference import MXFP4Weight
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A LoRA update of a stack of experts, `scaling · B[e] @ A[e]` in the orientation `[out, in]`.
-
-    `experts` limits it to some of them; None means all.
-    """
-
-    A_ERI: Tensor
-    B_EOR: Tensor
-    scaling: float
-    experts: frozenset[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +172,7 @@ class _ExpertBlock(torch.autograd.Function):
         # <g, y>, is then <d_act, act> and <g, bias>, so that y need not be kept.
         g_NH = d_out_TH.index_select(0, token_N)
         d_act_NI = _frozen_product_dx(g_NH, down, ends_E)
-        dh_down = _low_rank_backward(g_NH, down, d_act_NI, ends_E)
+        dh_down = low_rank.backward(g_NH, down.low_rank, None if down.merged else d_act_NI, ends_E)
         weighted_act_NI, d_gate_up_N2I, d_routing_N = dispatch.weighted_swiglu_backward(
             gate_up_N2I, d_act_NI, routing_N, alpha=alpha, limit=limit
         )
@@ -192,19 +180,22 @@ class _ExpertBlock(torch.autograd.Function):
         if needs_routing:
             d_routing_N += dispatch.low_rank_down(g_NH, down.bias_EO[:, None], ends_E)[:, 0]
             d_routing_TK = d_routing_N[slots_TK].to(routing_TK.dtype)
-        h_down = [routing_N[:, None] * h_NR for h_NR in h_down] or _inputs_by_A(weighted_act_NI, down, ends_E)
-        d_down = _factor_gradients(weighted_act_NI, g_NH, down, h_down, dh_down, needs_down, ends_E)
+        h_down = [routing_N[:, None] * h_NR for h_NR in h_down]
+        h_down = h_down or low_rank.inputs_by_A(weighted_act_NI, down.low_rank, ends_E)
+        d_down = low_rank.factor_gradients(weighted_act_NI, g_NH, down.low_rank, h_down, dh_down, needs_down, ends_E)
         del weighted_act_NI, g_NH
 
         if needs_hidden or any(needs_gate_up):
             dx_NH = _frozen_product_dx(d_gate_up_N2I, gate_up, ends_E) if needs_hidden else None
-            dh_gate_up = _low_rank_backward(d_gate_up_N2I, gate_up, dx_NH, ends_E)
+            dh_gate_up = low_rank.backward(d_gate_up_N2I, gate_up.low_rank, None if gate_up.merged else dx_NH, ends_E)
             if dx_NH is not None:
                 d_hidden_TH = dispatch.combine(dx_NH, slots_TK, None)
                 del dx_NH
             x_NH = hidden_TH.index_select(0, token_N)
-            h_gate_up = h_gate_up or _inputs_by_A(x_NH, gate_up, ends_E)
-            d_gate_up = _factor_gradients(x_NH, d_gate_up_N2I, gate_up, h_gate_up, dh_gate_up, needs_gate_up, ends_E)
+            h_gate_up = h_gate_up or low_rank.inputs_by_A(x_NH, gate_up.low_rank, ends_E)
+            d_gate_up = low_rank.factor_gradients(
+                x_NH, d_gate_up_N2I, gate_up.low_rank, h_gate_up, dh_gate_up, needs_gate_up, ends_E
+            )
         frozen = [None] * gate_up_form.num_frozen, [None] * down_form.num_frozen
         return d_hidden_TH, d_routing_TK, None, None, None, *frozen[0], *d_gate_up, *frozen[1], *d_down
 
@@ -233,63 +224,7 @@ def _activate(x_NH: Tensor, gate_up: ExpertProjection, constants: _Constants) ->
 def _project(x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """The projection of rows, and x·A^T of each update that is not in the weights."""
     y_NO = _frozen_product(x_NI, projection, ends_E)
-    if projection.merged:
-        return y_NO, []
-    h = _inputs_by_A(x_NI, projection, ends_E)
-    for update, h_NR in zip(projection.low_rank, h, strict=True):
-        dispatch.low_rank_up_(y_NO, h_NR, _by_rank(update.B_EOR), update.scaling, ends_E, update.experts)
-    return y_NO, h
-
-
-def _inputs_by_A(x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) -> list[Tensor]:
-    """x·A^T of each update, `[N, R]`."""
-    return [dispatch.low_rank_down(x_NI, update.A_ERI, ends_E, update.experts) for update in projection.low_rank]
-
-
-def _low_rank_backward(
-    dy_NO: Tensor, projection: ExpertProjection, dx_NI: Tensor | None, ends_E: Sequence[int]
-) -> list[Tensor]:
-    """The gradients of x·A^T of each update, whose parts in the gradient of x are added to `dx` unless it has them."""
-    dh = []
-    for update in projection.low_rank:
-        dh.append(dispatch.low_rank_down(dy_NO, _by_rank(update.B_EOR), ends_E, update.experts).mul_(update.scaling))
-        if dx_NI is not None and not projection.merged:
-            dispatch.low_rank_up_(dx_NI, dh[-1], update.A_ERI, 1.0, ends_E, update.experts)
-    return dh
-
-
-def _factor_gradients(
-    x_NI: Tensor,
-    dy_NO: Tensor,
-    projection: ExpertProjection,
-    h: Sequence[Tensor],
-    dh: Sequence[Tensor],
-    needs: Sequence[bool],
-    ends_E: Sequence[int],
-) -> list[Tensor | None]:
-    """The gradients of A and B of each update, in turn; None for those that need none."""
-    gradients: list[Tensor | None] = []
-    for i, update in enumerate(projection.low_rank):
-        dA_ERI = dB_EOR = None
-        if needs[2 * i]:
-            dA_ERI = torch.empty_like(update.A_ERI, memory_format=torch.contiguous_format)
-            dispatch.low_rank_gradient_(dA_ERI, dh[i], x_NI, 1.0, ends_E, update.experts)
-        if needs[2 * i + 1]:
-            E, O, R = update.B_EOR.shape
-            dB_REO = update.B_EOR.new_empty(R, E, O)
-            dispatch.low_rank_gradient_(dB_REO.transpose(0, 1), h[i], dy_NO, update.scaling, ends_E, update.experts)
-            dB_EOR = dB_REO.flatten(0, 1).t().contiguous().view(O, R, E).permute(2, 0, 1)
-        gradients += [dA_ERI, dB_EOR]
-    return gradients
-
-
-def _by_rank(B_EOR: Tensor) -> Tensor:
-    """B as `[E, R, O]` with contiguous rows of O.
-
-    Of PEFT's layout, in which the expert is the fastest dimension, this is the transposition of a matrix.
-    """
-    E, O, R = B_EOR.shape
-    return B_EOR.permute(1, 2, 0).reshape(O, R * E).t().contiguous().view(R, E, O).transpose(0, 1)
+    return y_NO, [] if projection.merged else low_rank.add_updates_(y_NO, x_NI, projection.low_rank, ends_E)
 
 
 def _frozen_product(x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) -> Tensor:

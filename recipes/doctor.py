@@ -19,6 +19,7 @@ from gptoss_ft.files import check_writable_parent, write_whole
 from gptoss_ft.kernels import cpu_library, dispatch, selfcheck, verdicts
 from gptoss_ft.kernels.cases import AWKWARD, GPT_OSS_20B_CPU, GPT_OSS_20B_GPU, Draw
 from gptoss_ft.kernels.registry import REFERENCE, Operation, Refused, short
+from gptoss_ft.recipes.machine import check_instruction_set
 
 GIB = 2**30
 PACKAGES = ("gptoss-ft", "torch", "triton", "transformers", "peft", "bitsandbytes")
@@ -134,10 +135,8 @@ def devices_of(name: str | None) -> list[torch.device]:
 
 def examine(devices: list[torch.device]) -> Report:
     """Check and time everything, whatever earlier checks found."""
-    try:
-        machine = dict(machine_facts())
-    except ValueError as error:  # GPTOSS_FT_CPU_ISA names no instruction set of this processor
-        raise UserError(str(error)) from None
+    check_instruction_set()
+    machine = dict(machine_facts())
     for device in devices:
         verdicts.forget(device)
     combinations = [(op, device, dtype) for device in devices for op in dispatch.OPERATIONS for dtype in op.dtypes]
@@ -189,11 +188,7 @@ def best_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def machine_facts() -> Iterator[tuple[str, str]]:
-    """What decides about speed and results here, by name.
-
-    Raises:
-        ValueError: if the environment forces an instruction set that does not run.
-    """
+    """What decides about speed and results here, by name."""
     yield "python", platform.python_version()
     for package in PACKAGES:
         yield package, torch.__version__ if package == "torch" else version_of(package)

@@ -29,6 +29,7 @@ from gptoss_ft.export.vllm_adapter import export_adapter_vllm, max_lora_rank
 from gptoss_ft.files import write_whole
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.load import load_base
+from gptoss_ft.recipes.machine import check_instruction_set
 from gptoss_ft.recipes.samples import rows_to_compare, split_samples
 from gptoss_ft.training.run_folder import RunFolder, write_json
 
@@ -45,6 +46,7 @@ ADAPTER_FORMATS: dict[str, Callable[[Path, Path, Checkpoint], Path]] = {
 
 def main(cfg: ExportCommand) -> Path:
     """Run `gptoss-ft export`; returns the exported folder."""
+    check_instruction_set()
     return export_run(
         Path(cfg.run),
         cfg.format.value,

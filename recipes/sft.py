@@ -37,11 +37,12 @@ from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
 from gptoss_ft.recipes.export import export_run
+from gptoss_ft.recipes.machine import check_instruction_set
 from gptoss_ft.recipes.samples import split_samples
 from gptoss_ft.recipes.verify import verify_run
 from gptoss_ft.training.audit import AuditCallback
 from gptoss_ft.training.callbacks import MetricsCallback, ProgressCallback
-from gptoss_ft.training.memory import peak_gib
+from gptoss_ft.training.memory import keeping_freed_memory, peak_gib
 from gptoss_ft.training.run_folder import RunFolder, checkpoint_steps, write_json
 from gptoss_ft.training.trackers import trackers_in
 from gptoss_ft.training.trainer import SftTrainer
@@ -92,6 +93,7 @@ def run_training(cfg: TrainConfig, attach: Attach) -> Path:
 
 def check_devices() -> None:
     """Refuse what would fail or be wrong only after everything has been loaded."""
+    check_instruction_set()
     if torch.cuda.device_count() > 1 and PartialState().num_processes == 1:
         # Trainer would fall back to DataParallel and drop our loss scaling.
         raise UserError(
@@ -142,7 +144,8 @@ def train(trainer: SftTrainer, resume_from: Path | None) -> None:
             restore_adapter(trainer.model, resume_from)
             return
     try:
-        trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+        with keeping_freed_memory():
+            trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
     finally:
         # An error's message belongs on a line of its own.
         for callback in trainer.callback_handler.callbacks:

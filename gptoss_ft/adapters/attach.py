@@ -12,8 +12,10 @@ from transformers import GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from gptoss_ft.adapters.experts import ExpertsLora, wrap_experts
+from gptoss_ft.adapters.linear import FrozenLinearLora
 from gptoss_ft.errors import UserError
 from gptoss_ft.model.experts import PROJECTIONS, PackedExperts
+from gptoss_ft.model.linear import FrozenLinear
 
 ADAPTER_NAME = "default"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -113,10 +115,11 @@ def attach_adapters(
 def attach_config(model: GptOssForCausalLM, config: LoraConfig, targets: Targets) -> tuple[PeftModel, Attached]:
     """`attach_adapters` with LoRA's settings taken from a PEFT config; its target fields are overwritten."""
     modules = targets.suffixes(*targets.modules)
+    # PEFT's hook for layer types it does not know; it asks for a class and takes anything that builds a layer.
+    config._register_custom_module({FrozenLinear: FrozenLinearLora})
     if targets.projections:
         modules += targets.suffixes("mlp.experts")
         wrap = partial(wrap_experts, projections=targets.projections, experts=targets.experts)
-        # PEFT's hook for layer types it does not know; it asks for a class and takes anything that builds a layer.
         config._register_custom_module({PackedExperts: wrap, GptOssExperts: wrap})
     config.target_modules = set(modules)
     config.target_parameters = targets.suffixes("mlp.router.weight") if ROUTER in targets.names else None

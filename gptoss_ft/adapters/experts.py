@@ -16,7 +16,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from gptoss_ft.kernels.experts import LowRank
+from gptoss_ft.kernels.low_rank import LowRank
 from gptoss_ft.model.experts import Experts, experts_forward, projection_shape
 
 

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from gptoss_ft.adapters.attach import lora_layers
 from gptoss_ft.adapters.experts import ExpertsLora
+from gptoss_ft.adapters.linear import FrozenLinearLora
 from gptoss_ft.kernels.linear import merged_linear, merged_weight
 from gptoss_ft.model.experts import PackedExperts
 
@@ -68,7 +69,11 @@ class MergedParameter(ParamWrapper):
         return functional_call(self.base_layer, {self.parameter_name: merged}, (x, *args), kwargs)
 
 
-_COMPUTING_MERGED: dict[type[LoraLayer], type[LoraLayer]] = {Linear: MergedLinear, ParamWrapper: MergedParameter}
+_COMPUTING_MERGED: dict[type[LoraLayer], type[LoraLayer]] = {
+    FrozenLinearLora: MergedLinear,
+    Linear: MergedLinear,
+    ParamWrapper: MergedParameter,
+}
 
 
 def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor, float]:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from gptoss_ft.kernels.experts import ExpertProjection, LowRank, expert_block, expert_inputs
+from gptoss_ft.kernels.experts import ExpertProjection, expert_block, expert_inputs
+from gptoss_ft.kernels.low_rank import LowRank
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 
 PROJECTIONS = ("gate_up_proj", "down_proj")

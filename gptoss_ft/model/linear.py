@@ -8,11 +8,14 @@ from gptoss_ft.kernels.linear import frozen_linear
 class FrozenLinear(nn.Linear):
     """`nn.Linear` by `frozen_linear`, until someone trains its weight or bias."""
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether neither weight nor bias is trained."""
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in] -> [..., out]`"""
-        if any(parameter.requires_grad for parameter in self.parameters()):
-            return super().forward(x)
-        return frozen_linear(x, self.weight, self.bias)
+        return frozen_linear(x, self.weight, self.bias) if self.is_frozen else super().forward(x)
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "FrozenLinear":

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from gptoss_ft.cli import main
 from gptoss_ft.config.load import load_train_config
+from gptoss_ft.kernels import cpu_library
 from gptoss_ft.recipes import sft
 
 
@@ -266,3 +267,15 @@ def test_several_gpus_in_one_process_are_refused(monkeypatch, tiny_base, four_ro
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
         sft.main(load_train_config(words(tmp_path / "run", tiny_base, four_rows)))
+
+
+def test_an_instruction_set_that_the_processor_lacks_is_one_line(monkeypatch, tiny_base, four_rows, tmp_path, capsys):
+    if cpu_library.library() is None:
+        pytest.skip("the CPU library was not built")
+    monkeypatch.setenv(cpu_library.ISA_VARIABLE, "avx1024")
+    assert main(["train", *words(tmp_path / "run", tiny_base, four_rows)]) == 1
+    assert capsys.readouterr().err.startswith("error: GPTOSS_FT_CPU_ISA=avx1024: this processor runs portable")
+    assert not (tmp_path / "run").exists()
+    for command in (["export", "format=mxfp4", f"out={tmp_path / 'out'}"], ["verify", f"path={tmp_path}"]):
+        assert main([*command, f"run={tmp_path}"]) == 1
+        assert capsys.readouterr().err.startswith("error: GPTOSS_FT_CPU_ISA=avx1024")

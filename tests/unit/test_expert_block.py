@@ -7,7 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from gptoss_ft.kernels import cpu_library, reference
-from gptoss_ft.kernels.experts import ExpertProjection, LowRank, expert_block
+from gptoss_ft.kernels.experts import ExpertProjection, expert_block
+from gptoss_ft.kernels.low_rank import LowRank
 from gptoss_ft.kernels.reference import MXFP4Weight
 
 E, H, I, T = 5, 64, 96, 23

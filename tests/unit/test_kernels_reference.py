@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from gptoss_ft.kernels import reference
-from gptoss_ft.kernels.experts import ExpertProjection, LowRank, expert_block
+from gptoss_ft.kernels.experts import ExpertProjection, expert_block
+from gptoss_ft.kernels.low_rank import LowRank
 from gptoss_ft.kernels.reference import MXFP4Weight
 
 E, H, I, R, T, K = 5, 64, 96, 4, 11, 2

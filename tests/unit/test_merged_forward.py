@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from gptoss_ft.kernels import dispatch, experts, reference
-from gptoss_ft.kernels.experts import ExpertProjection, LowRank, expert_block
+from gptoss_ft.kernels.experts import ExpertProjection, expert_block
 from gptoss_ft.kernels.linear import merged_linear, merged_weight
+from gptoss_ft.kernels.low_rank import LowRank
 from gptoss_ft.kernels.reference import MXFP4Weight, dequantize_mxfp4
 
 T, K, E, H, I, R, S = 21, 2, 5, 64, 96, 3, 0.5
