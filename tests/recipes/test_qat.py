@@ -99,10 +99,8 @@ def test_held_out_loss_is_of_the_merged_model(trained, trained_model, four_rows)
     total = count = 0
     with torch.no_grad():
         for sample in eval_set:
-            logits = trained_model(input_ids=torch.as_tensor(sample["input_ids"], dtype=torch.int64)[None]).logits[
-                0, :-1
-            ]
-            labels = torch.as_tensor(sample["labels"], dtype=torch.int64)[1:]
+            logits = trained_model(input_ids=torch.tensor(sample["input_ids"], dtype=torch.int64)[None]).logits[0, :-1]
+            labels = torch.tensor(sample["labels"], dtype=torch.int64)[1:]
             total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
             count += int((labels >= 0).sum())
     assert reported == pytest.approx(total / count, rel=1e-4)
