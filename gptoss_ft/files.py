@@ -31,8 +31,7 @@ def whole_folder(path: Path | str, *, num_bytes: int = 0) -> Iterator[Path]:
     """
     path = Path(path)
     with naming_a_bad_place(path):
-        if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} exists already: choose another output folder or remove it")
+        refuse_existing(path)
         if path.name in ("", "..") or os.path.ismount(path):
             raise UserError(f"{path} cannot be replaced by a new folder: choose a folder inside it")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +53,12 @@ def whole_folder(path: Path | str, *, num_bytes: int = 0) -> Iterator[Path]:
             partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise `UserError` if `path` exists and is no empty folder."""
+    if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists already: choose another output folder or remove it")
 
 
 def write_whole(path: Path | str, text: str) -> None:

@@ -224,6 +224,17 @@ def merge_bf16_work(size: Size, dtype: torch.dtype) -> Work:
     return Work(2e-9 * size.outputs * size.inputs * size.rank, "GFLOP/s")
 
 
+def _add_sparse_product_(draw: Draw, size: Size) -> Call:
+    O, K, N = size.outputs, min(size.inputs, 128), size.inputs
+    sparse_OK = draw.normal(O, K)
+    return Call((draw.normal(O, N), sparse_OK * (sparse_OK > 2), draw.normal(K, N)))
+
+
+def sparse_product_work(size: Size, dtype: torch.dtype) -> Work:
+    # Of a normal distribution, 2.3 % lie above 2.
+    return Work(2e-9 * 0.023 * size.outputs * min(size.inputs, 128) * size.inputs, "GFLOP/s")
+
+
 GROUPED_LINEAR = Case(_grouped_linear, product_work)
 GROUPED_LINEAR_DX = Case(_grouped_linear_dx, product_work)
 DEQUANTIZE_MXFP4 = Case(_dequantize_mxfp4, decode_work)
@@ -242,3 +253,4 @@ SINK_ATTENTION = Case(_sink_attention, attention_work)
 ROUND_COLUMNS = Case(_round_columns, rounding_work)
 MERGE_MXFP4 = Case(_merge_mxfp4, merge_mxfp4_work)
 MERGE_BF16 = Case(_merge_bf16, merge_bf16_work)
+ADD_SPARSE_PRODUCT_ = Case(_add_sparse_product_, sparse_product_work)

@@ -1,4 +1,4 @@
-"""Rounding column after column in the compiled library. O rows · K columns"""
+"""Rounding column after column in the compiled library. O rows · K columns · N elements of what a change moves"""
 
 import torch
 from torch import Tensor
@@ -25,13 +25,34 @@ def round_columns(
     return rounded_OK, residuals_OK
 
 
+def add_sparse_product_(out_ON: Tensor, sparse_OK: Tensor, rows_KN: Tensor) -> Tensor:
+    """`reference.add_sparse_product_` in fp32."""
+    # isa, threads, three matrices with their strides, O, K, N
+    call = function("gptoss_ft_add_sparse_product", INT, INT, *3 * (POINTER, LONG), LONG, LONG, LONG)
+    matrices = ((tensor.data_ptr(), tensor.stride(0)) for tensor in (out_ON, sparse_OK, rows_KN))
+    isa, threads = ISAS.index(current_isa()), torch.get_num_threads()
+    check(call(isa, threads, *(part for pair in matrices for part in pair), *sparse_OK.shape, rows_KN.shape[1]))
+    return out_ON
+
+
+def product_refusal(out_ON: Tensor, sparse_OK: Tensor, rows_KN: Tensor) -> str:
+    """Why the library cannot take these operands; empty if it can."""
+    if out_ON.shape != (len(sparse_OK), rows_KN.shape[1]) or sparse_OK.shape[1] != len(rows_KN):
+        return "the shapes do not fit"  # the reference says how
+    return _refuses_layout(out_ON, sparse_OK, rows_KN)
+
+
 def refusal(wanted_OK: Tensor, steps_OK: Tensor, spread_KK: Tensor, old_OK: Tensor | None) -> str:
     """Why the library cannot take these operands; empty if it can."""
     given = [tensor for tensor in (wanted_OK, steps_OK, spread_KK, old_OK) if tensor is not None]
-    if any(tensor.dtype != torch.float32 for tensor in given):
-        return "it rounds in fp32 only: convert the operands"
-    if any(tensor.stride(1) != 1 for tensor in given):
-        return "the elements of a row are not neighbours: make the operands contiguous"
     if wanted_OK.shape[1] > MAX_COLUMNS:
         return f"it takes {MAX_COLUMNS} columns at once, not {wanted_OK.shape[1]}: split them"
+    return _refuses_layout(*given)
+
+
+def _refuses_layout(*operands: Tensor) -> str:
+    if any(tensor.dtype != torch.float32 for tensor in operands):
+        return "it computes in fp32 only: convert the operands"
+    if any(tensor.stride(1) != 1 for tensor in operands):
+        return "the elements of a row are not neighbours: make the operands contiguous"
     return ""

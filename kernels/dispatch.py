@@ -190,6 +190,12 @@ merge_bf16 = Operation(
     cases.MERGE_BF16,
     exact=True,
 )
+add_sparse_product_ = Operation(
+    reference.add_sparse_product_,
+    _library(cpu_rounding.add_sparse_product_, cpu_rounding.product_refusal, (cases.ODD,)),
+    cases.ADD_SPARSE_PRODUCT_,
+    dtypes=(torch.float32,),
+)
 
 OPERATIONS: tuple[Operation, ...] = (
     dequantize_mxfp4,
@@ -210,4 +216,5 @@ OPERATIONS: tuple[Operation, ...] = (
     round_columns,
     merge_mxfp4,
     merge_bf16,
+    add_sparse_product_,
 )

@@ -300,6 +300,11 @@ def round_columns(
     return wanted_OK, residuals_OK
 
 
+def add_sparse_product_(out_ON: Tensor, sparse_OK: Tensor, rows_KN: Tensor) -> Tensor:
+    """Add sparse @ rows to `out`, in place, fast where most elements of `sparse` are zero."""
+    return out_ON.addmm_(sparse_OK, rows_KN)
+
+
 def check_packed_rows(
     rows: Tensor, weight: MXFP4Weight, ends_E: Sequence[int], *, inputs: bool
 ) -> tuple[int, int, int]:

@@ -2,8 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -15,20 +15,24 @@ from gptoss_ft.config.load import compose_train_config
 from gptoss_ft.config.schema import MIN_FIDELITY, ExportCommand, Rounding, TrainConfig
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import export_adapter, read_adapter
-from gptoss_ft.export.calibrate import Calibration
+from gptoss_ft.export.calibrate import Calibration, is_selected
+from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.excerpts import Excerpt, select_positions
 from gptoss_ft.export.fidelity import measure_fidelity
-from gptoss_ft.export.fingerprint import check_fingerprint
+from gptoss_ft.export.fingerprint import base_fingerprint, check_fingerprint
 from gptoss_ft.export.gguf_adapter import export_adapter_gguf
+from gptoss_ft.export.journal import Journal, digest
 from gptoss_ft.export.merge import MERGE_FILE, MergeFormat, MergeReport, merge
 from gptoss_ft.export.merge_record import adapter_digest, as_table, effect_note, holds_already, merge_record
 from gptoss_ft.export.sglang_adapter import export_adapter_sglang
 from gptoss_ft.export.verdict import CURES, fidelity_fault
 from gptoss_ft.export.verify import open_export
 from gptoss_ft.export.vllm_adapter import export_adapter_vllm, max_lora_rank
-from gptoss_ft.files import write_whole
+from gptoss_ft.files import refuse_existing, write_whole
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.load import load_base
+from gptoss_ft.model.spec import GptOssSpec
+from gptoss_ft.mxfp4.calibrated import RULES
 from gptoss_ft.recipes.machine import check_instruction_set
 from gptoss_ft.recipes.samples import rows_to_compare, split_samples
 from gptoss_ft.training.run_folder import RunFolder, write_json
@@ -52,12 +56,31 @@ def main(cfg: ExportCommand) -> Path:
         cfg.format.value,
         Path(cfg.out),
         base=Path(cfg.base) if cfg.base else None,
-        calibration_tokens=cfg.calibration_tokens if cfg.rounding is Rounding.calibrated else None,
+        calibrated=_calibrated(cfg) if cfg.rounding is Rounding.calibrated else None,
         fidelity_tokens=cfg.fidelity_tokens,
         min_fidelity=cfg.min_fidelity,
         data=Path(cfg.data) if cfg.data else None,
         merged_base=cfg.merged_base,
     )
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """How to round MXFP4 experts for what they see in the run's training rows.
+
+    Attributes:
+        num_tokens: of at most so many tokens.
+        layers, experts: only experts of these numbers; the others are rounded to nearest. None stands for all.
+    """
+
+    num_tokens: int
+    layers: frozenset[int] | None = None
+    experts: frozenset[int] | None = None
+
+
+def _calibrated(cfg: ExportCommand) -> Calibrated:
+    layers, experts = (None if chosen is None else frozenset(chosen) for chosen in (cfg.layers, cfg.experts))
+    return Calibrated(cfg.calibration_tokens, layers, experts)
 
 
 def export_run(
@@ -66,7 +89,7 @@ def export_run(
     out: Path,
     *,
     base: Path | None = None,
-    calibration_tokens: int | None = None,
+    calibrated: Calibrated | None = None,
     fidelity_tokens: int = 0,
     min_fidelity: float = MIN_FIDELITY,
     data: Path | None = None,
@@ -77,8 +100,8 @@ def export_run(
     Args:
         format: a name of `ExportFormat`.
         base: the base checkpoint, if it is no longer where the run's config says.
-        calibration_tokens: round MXFP4 experts for what they see in at most so many tokens of the run's training rows;
-            None rounds to nearest.
+        calibrated: None rounds to nearest. What an interrupted export rounded for its inputs is kept beside `out`, and
+            the same export goes on there.
         fidelity_tokens: measure what a merged model keeps of the training on at most so many tokens of held-out rows;
             0 does not.
         min_fidelity: refuse one that keeps less, see `distance.fidelity`; 0 takes any.
@@ -93,7 +116,7 @@ def export_run(
     run = RunFolder(run_path)
     cfg = config_of(run)
     if cfg.adapter.qat:
-        check_merged_export(run, format, calibrated=calibration_tokens is not None)
+        check_merged_export(run, format, calibrated=calibrated is not None)
     checkpoint = Checkpoint.open(base or cfg.model.path)
     deltas = read_adapter(run.adapter, checkpoint.spec)
     adapter = adapter_digest(deltas)
@@ -109,7 +132,7 @@ def export_run(
         if format == "adapter_vllm":
             print(f"serve it with vllm serve BASE --enable-lora --max-lora-rank {max_lora_rank(out)}")
         return out
-    calibrate = None if calibration_tokens is None else calibration(run, checkpoint, calibration_tokens)
+    calibrate = None if calibrated is None else calibration(run, checkpoint, deltas, calibrated, out)
     excerpts = fidelity_excerpts(cfg, data, fidelity_tokens) if fidelity_tokens else []
 
     def check(folder: Path, report: MergeReport) -> None:
@@ -147,6 +170,8 @@ def export_run(
         merged_training=cfg.adapter.qat,
         check=check,
     )
+    if calibrate and calibrate.journal:
+        calibrate.journal.remove()
     return out
 
 
@@ -179,17 +204,58 @@ def rejected_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.rejected")
 
 
-def calibration(run: RunFolder, base: Checkpoint, num_tokens: int) -> Calibration:
-    """Load the trained model and say on how much of its training rows it calibrates."""
+def calibration(
+    run: RunFolder, base: Checkpoint, deltas: Mapping[str, LowRankDelta], chosen: Calibrated, out: Path
+) -> Calibration:
+    """Load the trained model; says on how much of its training rows it calibrates, and how much is already done.
+
+    Raises:
+        UserError: if there is nothing to calibrate or nothing to do it on, or `out` exists.
+    """
     if base.layout == "bf16":
         raise UserError(
             f"{base.path} holds bf16 experts, and rounding=calibrated starts from the MXFP4 numbers of a base: "
             "name its MXFP4 checkpoint with base=FOLDER, or export with rounding=nearest"
         )
-    samples = calibration_samples(config_of(run), num_tokens)
+    spec = base.spec
+    for name, numbers, count in (
+        ("layers", chosen.layers, spec.num_hidden_layers),
+        ("experts", chosen.experts, spec.num_local_experts),
+    ):
+        if unknown := sorted(number for number in numbers or () if number >= count):
+            raise UserError(f"{name}={unknown}: {base.path} has {name} 0 to {count - 1}")
+    refuse_existing(out)
+    samples = calibration_samples(config_of(run), chosen.num_tokens)
+    journal = Journal(out, rounding_key(run, base, samples))
+    if journal.num_weights:
+        print(f"going on with {journal.num_weights} expert weights that an interrupted export has rounded")
     model, _ = load_adapter(load_base(base.path), run.adapter)
     print(f"calibrating on {sum(map(len, samples))} tokens of {len(samples)} samples")
-    return Calibration(model, samples)
+    return Calibration(
+        model,
+        samples,
+        layers=chosen.layers,
+        experts=chosen.experts,
+        journal=journal,
+        num_elements=num_elements(deltas, spec, chosen),
+    )
+
+
+def rounding_key(run: RunFolder, base: Checkpoint, samples: list[list[int]]) -> str:
+    """A digest of all that decides what calibrated rounding makes of each expert."""
+    return digest([base_fingerprint(base), RULES, samples], sorted(run.adapter.iterdir()))
+
+
+def num_elements(deltas: Mapping[str, LowRankDelta], spec: GptOssSpec, chosen: Calibrated) -> int:
+    """How many weights of experts are to be rounded for their inputs."""
+    total = 0
+    for layer in range(spec.num_hidden_layers):
+        for projection, (rows, columns) in spec.expert_shapes().items():
+            delta = deltas.get(f"model.layers.{layer}.mlp.experts.{projection}")
+            for expert in range(spec.num_local_experts):
+                wanted = is_selected(layer, expert, chosen.layers, chosen.experts)
+                total += rows * columns * bool(delta and wanted and delta.factors(expert))
+    return total
 
 
 def calibration_samples(cfg: TrainConfig, num_tokens: int) -> list[list[int]]:

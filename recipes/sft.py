@@ -36,7 +36,7 @@ from gptoss_ft.files import check_writable_parent
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
-from gptoss_ft.recipes.export import export_run
+from gptoss_ft.recipes.export import Calibrated, export_run
 from gptoss_ft.recipes.machine import check_instruction_set
 from gptoss_ft.recipes.samples import split_samples
 from gptoss_ft.recipes.verify import verify_run
@@ -300,7 +300,7 @@ def export_all(run: RunFolder, cfg: TrainConfig) -> None:
             run.path,
             format.value,
             run.exports / format.value,
-            calibration_tokens=cfg.export.calibration_tokens if calibrated else None,
+            calibrated=Calibrated(cfg.export.calibration_tokens) if calibrated else None,
             fidelity_tokens=cfg.export.fidelity_tokens,
             min_fidelity=cfg.export.min_fidelity,
         )

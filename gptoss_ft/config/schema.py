@@ -385,6 +385,8 @@ class ExportCommand:
     base: str | None = key("base checkpoint, if it has moved since training", reads="folder", default=None)
     rounding: Rounding = key(ROUNDING_MEANING, default=Rounding.nearest)
     calibration_tokens: int = key(TOKENS_MEANING, default=4096)
+    layers: list[int] | None = key("layers that rounding=calibrated is for, from 0; null is every layer", default=None)
+    experts: list[int] | None = key("experts it is for in those layers; null is every expert", default=None)
     min_fidelity: float = key(MIN_FIDELITY_MEANING, default=MIN_FIDELITY)
     fidelity_tokens: int = key(FIDELITY_TOKENS_MEANING, default=1024)
     data: str | None = key("JSONL file to measure on; null takes the run's held-out rows", reads="file", default=None)
@@ -393,6 +395,11 @@ class ExportCommand:
     def __post_init__(self) -> None:
         check_rounding(self.rounding, self.calibration_tokens, [self.format])
         check_fidelity(self.min_fidelity, self.fidelity_tokens)
+        for name in ("layers", "experts"):
+            numbers = getattr(self, name)
+            if numbers is not None:
+                require(all(number >= 0 for number in numbers), name, "numbers from 0", numbers)
+                require(self.rounding is Rounding.calibrated, name, "null unless rounding=calibrated", numbers)
 
 
 @dataclass(frozen=True, kw_only=True)

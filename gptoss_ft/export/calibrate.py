@@ -4,18 +4,24 @@ T tokens · H hidden · K experts per token · N = T·K rows sorted by expert ·
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from gptoss_ft.adapters.experts import ExpertsLora
-from gptoss_ft.export.merged import torch_threads
+from gptoss_ft.export.journal import Journal
+from gptoss_ft.export.merged import PackedUpdate, over_rows, torch_threads
+from gptoss_ft.kernels.reference import BLOCK_SIZE
 from gptoss_ft.model.experts import projection_inputs
-from gptoss_ft.mxfp4.calibrated import MIN_INPUTS, CalibratedRounding
+from gptoss_ft.mxfp4.calibrated import MIN_INPUTS, CalibratedRounding, trial_rows
+from gptoss_ft.mxfp4.round import UpdateStats
 
 _WEIGHT = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<projection>\w+)")
 
@@ -82,37 +88,121 @@ class LayerwiseInputs:
 
 
 class Calibration:
-    """Says how to round each expert of `model`, if asked in the order of its layers, as `MergedWeights` does.
+    """Rounds the experts of `model` for their inputs, if asked in the order of its layers, as `MergedWeights` does.
 
-    Uses as many of torch's threads as there are when it is made. See `LayerwiseInputs` for the arguments.
+    Uses as many of torch's threads as there are when it is made. See `LayerwiseInputs` for model and samples.
+
+    Args:
+        layers, experts: round experts of these numbers only; None stands for all.
+        journal: where to keep what was rounded, and to take it from.
+        num_elements: how many weights will be asked for, which is the whole of the progress bar and of the estimate
+            that is printed; None shows neither.
     """
 
-    def __init__(self, model: PeftModel, samples: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        samples: Sequence[Sequence[int]],
+        *,
+        layers: Collection[int] | None = None,
+        experts: Collection[int] | None = None,
+        journal: Journal | None = None,
+        num_elements: int | None = None,
+    ) -> None:
         self.num_threads = torch.get_num_threads()
         self.layerwise = LayerwiseInputs(model, samples)
         self.inputs = NOTHING
+        self.layers, self.experts = layers, experts
+        self.journal = journal
+        self.progress = Progress(num_elements, len(self.layerwise.layers))
 
-    def __call__(self, name: str, expert: int) -> CalibratedRounding | None:
-        """For an expert of the stack with this HF weight name; None if it has too few inputs to calibrate on.
+    def __call__(
+        self, name: str, expert: int, update: PackedUpdate, pool: ThreadPoolExecutor
+    ) -> tuple[Tensor, Tensor, UpdateStats] | None:
+        """Blocks, scales and how they compare with the update, of an expert of the stack with this HF weight name.
+
+        None if it is not among those to be calibrated, or has too few inputs for it.
 
         Raises:
             RuntimeError: if a later layer was asked for before.
         """
-        with torch_threads(self.num_threads):
-            inputs_NK = self._inputs_of(name, expert)
-            return CalibratedRounding(inputs_NK) if len(inputs_NK) >= MIN_INPUTS else None
-
-    def _inputs_of(self, name: str, expert: int) -> Tensor:
         match = _WEIGHT.fullmatch(name)
         if match is None:
             raise ValueError(f"{name} is no stack of experts")
-        layer = int(match["layer"])
+        layer, base = int(match["layer"]), (update.blocks, update.scales)
+        if not is_selected(layer, expert, self.layers, self.experts):
+            return None
+        if self.journal and (noted := self.journal.read(name, expert, *base)):
+            self.progress.skip(update)
+            return noted
+        with torch_threads(self.num_threads):
+            inputs_NK = self._inputs_of(layer, match["projection"], expert)
+        if len(inputs_NK) < MIN_INPUTS:
+            self.progress.skip(update)
+            return None
+        started = perf_counter()
+        rounded = round_for_inputs(inputs_NK, update, pool, self.num_threads)
+        if self.journal:
+            self.journal.write(name, expert, base, rounded)
+        self.progress.rounded(update, perf_counter() - started)
+        return rounded
+
+    def _inputs_of(self, layer: int, projection: str, expert: int) -> Tensor:
         if layer < self.layerwise.next_layer - 1:
-            raise RuntimeError(f"{name} was asked for after layer {self.layerwise.next_layer - 1}: layers must rise")
+            raise RuntimeError(f"layer {layer} was asked for after layer {self.layerwise.next_layer - 1}")
         while self.layerwise.next_layer <= layer:
             self.inputs = NOTHING
+            started = perf_counter()
             self.inputs = self.layerwise.advance()
-        return self.inputs.of(match["projection"], expert)
+            self.progress.seconds_per_layer = perf_counter() - started
+        return self.inputs.of(projection, expert)
+
+
+def round_for_inputs(
+    inputs_NK: Tensor, update: PackedUpdate, pool: ThreadPoolExecutor, num_threads: int
+) -> tuple[Tensor, Tensor, UpdateStats]:
+    """Blocks, scales and how they compare with the update, of one expert that is given these inputs."""
+    with torch_threads(num_threads):
+        rows = trial_rows(len(update.blocks))
+        rounding = CalibratedRounding(inputs_NK, (update.target(rows), update.blocks[rows], update.scales[rows]))
+    return over_rows(update, rounding.round, pool)
+
+
+def is_selected(layer: int, expert: int, layers: Collection[int] | None, experts: Collection[int] | None) -> bool:
+    """Whether both numbers are among those given; None stands for all."""
+    return (layers is None or layer in layers) and (experts is None or expert in experts)
+
+
+class Progress:
+    """A bar over the weights to be rounded, and one line that says how long it will take, once that can be measured."""
+
+    seconds_per_layer = 0.0
+
+    def __init__(self, num_elements: int | None, num_layers: int) -> None:
+        self.num_layers, self.remaining, self.estimated = num_layers, num_elements or 0, num_elements is None
+        self.bar = tqdm(
+            total=self.remaining, desc="rounding", unit="", unit_scale=True, position=1, disable=num_elements is None
+        )
+
+    def skip(self, update: PackedUpdate) -> None:
+        """Of an expert that took no time."""
+        self.remaining -= _num_elements(update)
+        self.bar.update(_num_elements(update))
+        if self.remaining <= 0:
+            self.bar.close()
+
+    def rounded(self, update: PackedUpdate, seconds: float) -> None:
+        """Of an expert that took this long."""
+        self.skip(update)
+        if not self.estimated:
+            self.estimated = True
+            rest = self.remaining * seconds / _num_elements(update)
+            minutes = (rest + self.seconds_per_layer * (self.num_layers - 1)) / 60
+            self.bar.write(f"calibrated rounding will take about {minutes:.1f} minutes more, by its first expert")
+
+
+def _num_elements(update: PackedUpdate) -> int:
+    return update.scales.numel() * BLOCK_SIZE
 
 
 class _Recorder(nn.Module):

@@ -5,11 +5,13 @@ layout stores experts transposed.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +24,6 @@ from gptoss_ft.model import layouts
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.shards import Entry, Producer
 from gptoss_ft.model.spec import Layout, TensorSpec
-from gptoss_ft.mxfp4.calibrated import CalibratedRounding
 from gptoss_ft.mxfp4.round import UpdateStats, measure_update, round_merged
 
 # Rows that a worker handles at once: at 2,880 columns its fp32 and fp64 temporaries stay near 30 MB.
@@ -31,8 +32,30 @@ MAX_WORKERS = 16
 # Rows of a tensor without an update that are in memory at once: 47 MB of an embedding.
 COPY_ROWS = 8192
 
-# How to round an expert of a stack, by HF weight name; None where too little is known of its inputs.
-Calibrate = Callable[[str, int], CalibratedRounding | None]
+
+@dataclass(frozen=True)
+class PackedUpdate:
+    """One expert's MXFP4 blocks [O, G, 16] and scales [O, G] in the base, and what is to be added to some rows."""
+
+    blocks: Tensor
+    scales: Tensor
+    of_rows: Callable[[slice | Tensor], Tensor]
+
+    def target(self, rows: slice | Tensor) -> Tensor:
+        """Base + update, fp32."""
+        return dequantize_mxfp4(self.blocks[rows], self.scales[rows], torch.float32) + self.of_rows(rows)
+
+
+class Calibrate(Protocol):
+    """How to round experts for their inputs."""
+
+    def __call__(
+        self, name: str, expert: int, update: PackedUpdate, pool: ThreadPoolExecutor
+    ) -> tuple[Tensor, Tensor, UpdateStats] | None:
+        """Blocks, scales and how they compare with the update, of an expert of the stack with this HF weight name.
+
+        None if it is to be rounded to nearest.
+        """
 
 
 class MergedWeights:
@@ -115,7 +138,7 @@ class MergedWeights:
             if self.packed:
                 blocks, scales = self._packed_expert(name, expert)
                 if delta and factors:
-                    self._add_to_packed(name, expert, blocks, scales, factors, delta.scaling)
+                    blocks, scales = self._add_to_packed(name, expert, blocks, scales, factors, delta.scaling)
             else:
                 blocks, scales = self._round_to_mxfp4(name, self._expert_as_bf16(name, expert), update)
             yield blocks, scales
@@ -167,27 +190,28 @@ class MergedWeights:
         scales: Tensor,
         factors: tuple[Tensor, Tensor],
         scaling: float,
-    ) -> None:
-        rounding = self.calibrate(name, expert) if self.calibrate else None
-        self.num_calibrated += rounding is not None
-        self.num_nearest += rounding is None
+    ) -> tuple[Tensor, Tensor]:
+        update = PackedUpdate(blocks, scales, partial(_rows_of_update, factors, scaling))
+        calibrated = self.calibrate(name, expert, update, self.pool) if self.calibrate else None
+        self.num_calibrated += calibrated is not None
+        self.num_nearest += calibrated is None
+        if calibrated:
+            new_blocks, new_scales, stats = calibrated
+            self._note(name, [stats])
+            self.calibrated.setdefault(name, {})[expert] = packed_digest(new_blocks, new_scales)
+            return new_blocks, new_scales
 
         def add(rows: slice) -> UpdateStats:
-            base = dequantize_mxfp4(blocks[rows], scales[rows], torch.float32)
-            target = base + _rows_of_update(factors, scaling, rows)
-            if rounding:
-                blocks[rows], scales[rows], stats = rounding.round(target, blocks[rows], scales[rows])
-                return stats
+            base, target = dequantize_mxfp4(blocks[rows], scales[rows], torch.float32), update.target(rows)
             packed = MXFP4Weight(blocks[None, rows], scales[None, rows])
             (blocks[rows],), (scales[rows],) = merge_mxfp4(packed, factors[1][None], factors[0][None, rows], scaling)
             return measure_update(base, target, dequantize_mxfp4(blocks[rows], scales[rows], torch.float32))
 
         self._over_rows(name, blocks.shape[0], add)
-        if rounding:
-            self.calibrated.setdefault(name, {})[expert] = packed_digest(blocks, scales)
+        return blocks, scales
 
     def _round_to_mxfp4(
-        self, name: str, weight: Tensor, update: Callable[[slice], Tensor] | None
+        self, name: str, weight: Tensor, update: Callable[[slice | Tensor], Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         num_rows, groups = weight.shape[0], weight.shape[1] // BLOCK_SIZE
         blocks = torch.empty(num_rows, groups, BLOCK_SIZE // 2, dtype=torch.uint8)
@@ -205,8 +229,30 @@ class MergedWeights:
         return blocks, scales
 
     def _over_rows(self, name: str, num_rows: int, work: Callable[[slice], UpdateStats]) -> None:
-        chunks = [slice(start, start + CHUNK_ROWS) for start in range(0, num_rows, CHUNK_ROWS)]
-        self.updates[name] = sum(self.pool.map(work, chunks), self.updates.get(name, UpdateStats()))
+        self._note(name, self.pool.map(work, _chunks(num_rows)))
+
+    def _note(self, name: str, parts: Iterable[UpdateStats]) -> None:
+        self.updates[name] = sum(parts, self.updates.get(name, UpdateStats()))
+
+
+def over_rows(
+    update: PackedUpdate,
+    to_grid: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, UpdateStats]],
+    pool: ThreadPoolExecutor,
+) -> tuple[Tensor, Tensor, UpdateStats]:
+    """Round an update by `to_grid`, called as `round_merged`, some rows at a time."""
+    blocks, scales = torch.empty_like(update.blocks), torch.empty_like(update.scales)
+
+    def add(rows: slice) -> UpdateStats:
+        target = update.target(rows)
+        blocks[rows], scales[rows], stats = to_grid(target, update.blocks[rows], update.scales[rows])
+        return stats
+
+    return blocks, scales, sum(pool.map(add, _chunks(len(blocks))), UpdateStats())
+
+
+def _chunks(num_rows: int) -> list[slice]:
+    return [slice(start, start + CHUNK_ROWS) for start in range(0, num_rows, CHUNK_ROWS)]
 
 
 def packed_digest(blocks: Tensor, scales: Tensor) -> str:
@@ -245,7 +291,7 @@ def torch_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _rows_of_update(factors: tuple[Tensor, Tensor], scaling: float, rows: slice) -> Tensor:
+def _rows_of_update(factors: tuple[Tensor, Tensor], scaling: float, rows: slice | Tensor) -> Tensor:
     up, down = factors
     return (up[rows].float() @ down.float()).mul_(scaling)
 

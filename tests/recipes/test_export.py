@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -19,7 +22,7 @@ from gptoss_ft.export.fingerprint import base_fingerprint, check_fingerprint, wr
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
-from gptoss_ft.recipes.export import calibration_samples, export_run, record_path
+from gptoss_ft.recipes.export import calibration_samples, export_run, record_path, rounding_key
 from gptoss_ft.recipes.samples import split_samples
 from gptoss_ft.recipes.verify import verify_run
 from gptoss_ft.training.run_folder import RunFolder
@@ -143,11 +146,46 @@ def test_calibrated_rounding_keeps_more_of_a_trained_run(tiny_base, four_rows, t
     lost = [quantile(report.readings[0].from_trained.relative, 0.5) for report in (calibrated, nearest)]
     assert calibrated.passed and lost[0] < 0.8 * lost[1]
 
-    # The file differs, the numbers do not: GGUF holds the same blocks.
-    words = ["format=gguf", "rounding=calibrated", "calibration_tokens=1000"]
-    assert main(["export", f"run={run}", *words, f"out={tmp_path / 'gguf'}"]) == 0
+    # The file differs, the numbers do not: GGUF holds the same blocks, those before and after an interruption.
+    out = tmp_path / "gguf" / "out"
+    words = [f"run={run}", "format=gguf", "rounding=calibrated", "calibration_tokens=1000", f"out={out}"]
+    killed = subprocess.run([sys.executable, "-c", INTERRUPTED_EXPORT, "3", *words], check=False)
+    assert killed.returncode == -signal.SIGKILL and not out.exists()
+    assert main(["export", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "going on with 3 expert weights" in printed and "minutes more" in printed
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
     records = [json.loads(path.read_text()) for path in (run / "merge-mxfp4.json", *run.glob("merge-gguf-*.json"))]
     assert records[0]["tensors"] == records[1]["tensors"]
+
+
+# Kills its own process when as many expert weights as the first argument says have been noted.
+INTERRUPTED_EXPORT = """
+import os, signal, sys
+from gptoss_ft.cli import main
+from gptoss_ft.export.journal import Journal
+
+write = Journal.write
+
+def write_or_die(journal, *args):
+    if journal.num_weights == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(journal, *args)
+
+Journal.write = write_or_die
+main(["export", *sys.argv[2:]])
+"""
+
+
+def test_what_was_rounded_is_used_again_for_the_same_only(run, small_bases, tmp_path):
+    folder, base = RunFolder(run), Checkpoint.open(small_bases["mxfp4"])
+    keys = [rounding_key(folder, base, samples) for samples in ([[1, 2], [3]], [[1, 2], [3]], [[1], [2, 3]])]
+    other_base = init_checkpoint("tiny", tmp_path / "other", seed=1, progress=False)
+    keys.append(rounding_key(folder, Checkpoint.open(other_base), [[1, 2], [3]]))
+    config = folder.adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
+    keys.append(rounding_key(folder, base, [[1, 2], [3]]))
+    assert keys[0] == keys[1] and len(set(keys)) == 4
 
 
 @pytest.mark.parametrize(
@@ -159,6 +197,8 @@ def test_calibrated_rounding_keeps_more_of_a_trained_run(tiny_base, four_rows, t
         ),
         (["format=adapter"], "rounding=calibrated is for formats that round experts"),
         (["format=mxfp4", "calibration_tokens=0"], "calibration_tokens must be 1 or more"),
+        (["format=mxfp4", "layers=[0,9]"], "layers=[9]: "),
+        (["format=mxfp4", "experts=[-1]"], "experts must be numbers from 0"),
         (["format=mxfp4", "base=BF16"], "holds bf16 experts, and rounding=calibrated starts from the MXFP4 numbers"),
         (["format=mxfp4"], "rows.jsonl: "),
     ],

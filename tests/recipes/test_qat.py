@@ -14,7 +14,7 @@ from gptoss_ft.kernels import experts
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.load import load_base
 from gptoss_ft.recipes import qat, sft
-from gptoss_ft.recipes.export import export_run
+from gptoss_ft.recipes.export import Calibrated, export_run
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
@@ -115,7 +115,7 @@ def test_the_adapter_alone_is_refused(format, trained, tmp_path, capsys):
 
 def test_another_rounding_is_refused(trained, tmp_path):
     with pytest.raises(UserError, match="Export with rounding=nearest"):
-        export_run(trained[0], "mxfp4", tmp_path / "out", calibration_tokens=64)
+        export_run(trained[0], "mxfp4", tmp_path / "out", calibrated=Calibrated(64))
 
 
 @pytest.mark.parametrize(

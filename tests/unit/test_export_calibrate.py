@@ -6,8 +6,10 @@ import torch
 from gptoss_ft.adapters.attach import Targets, attach_adapters
 from gptoss_ft.adapters.save import load_adapter, save_adapter
 from gptoss_ft.export.adapter import read_adapter
-from gptoss_ft.export.calibrate import Calibration, LayerwiseInputs
+from gptoss_ft.export.calibrate import Calibration, LayerwiseInputs, Progress
+from gptoss_ft.export.journal import Journal, digest
 from gptoss_ft.export.merge import merge
+from gptoss_ft.export.merged import PackedUpdate, row_workers
 from gptoss_ft.kernels.reference import clamped_swiglu, dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.experts import PROJECTIONS
@@ -79,14 +81,81 @@ def test_the_inputs_are_those_of_a_whole_forward_pass(trained, small_bases, adap
             assert len(found_NI) > 0
 
 
-def test_layers_are_asked_for_in_rising_order(trained, samples):
+@pytest.fixture
+def ask(small_bases, adapter):
+    """Ask a calibration for one expert."""
+    base = Checkpoint.open(small_bases["mxfp4"])
+    deltas = read_adapter(adapter, base.spec)
+
+    def ask(calibration, name, expert):
+        stack = name if name in deltas else "model.layers.0.mlp.experts.down_proj"
+        delta, (blocks, scales) = (
+            deltas[stack],
+            (base.tensor(f"{stack}_{part}")[expert] for part in ("blocks", "scales")),
+        )
+        update = PackedUpdate(blocks, scales, lambda rows: delta.scaling * delta.B[expert][rows] @ delta.A[expert])
+        with row_workers() as pool:
+            return calibration(name, expert, update, pool)
+
+    return ask
+
+
+def test_layers_are_asked_for_in_rising_order(trained, samples, ask):
     calibration = Calibration(trained, samples)
-    assert calibration("model.layers.1.mlp.experts.down_proj", 0) is not None
-    assert calibration("model.layers.1.mlp.experts.gate_up_proj", 0) is not None
-    with pytest.raises(RuntimeError, match="layers must rise"):
-        calibration("model.layers.0.mlp.experts.gate_up_proj", 0)
+    assert ask(calibration, "model.layers.1.mlp.experts.down_proj", 0) is not None
+    assert ask(calibration, "model.layers.1.mlp.experts.gate_up_proj", 0) is not None
+    with pytest.raises(RuntimeError, match="asked for after layer 1"):
+        ask(calibration, "model.layers.0.mlp.experts.gate_up_proj", 0)
     with pytest.raises(ValueError, match="no stack of experts"):
-        calibration("model.layers.1.self_attn.q_proj.weight", 0)
+        ask(calibration, "model.layers.1.self_attn.q_proj.weight", 0)
+
+
+def test_only_the_chosen_experts_are_calibrated(trained, samples, ask):
+    calibration = Calibration(trained, samples, layers={1}, experts={0, 3})
+    asked = [(layer, expert) for layer in range(2) for expert in range(4)]
+    done = [ask(calibration, f"model.layers.{layer}.mlp.experts.down_proj", expert) for layer, expert in asked]
+    assert [place for place, found in zip(asked, done, strict=True) if found] == [(1, 0), (1, 3)]
+
+
+def test_a_journal_gives_back_what_was_noted_and_nothing_else(trained, samples, ask, tmp_path):
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    journal = Journal(tmp_path / "out", "a" * 64)
+    blocks, scales, stats = ask(Calibration(trained, samples, journal=journal), name, 1)
+    assert journal.num_weights == 1
+
+    again = Calibration(trained, samples, journal=Journal(tmp_path / "out", "a" * 64))
+    again.layerwise = None  # nothing is run
+    found = ask(again, name, 1)
+    assert torch.equal(found[0], blocks) and torch.equal(found[1], scales) and found[2] == stats
+
+    (file,) = journal.folder.iterdir()
+    for broken in (b"", file.read_bytes()[:-5]):
+        file.write_bytes(broken)
+        assert journal.read(name, 1, blocks, scales) is None
+    other = Journal(tmp_path / "out", "b" * 64)
+    assert other.num_weights == 0 and other.read(name, 1, blocks, scales) is None
+    other.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_digest_is_of_texts_and_contents(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(b"ab"), second.write_bytes(b"c")
+    found = digest(["x", [1, 2]], [first, second])
+    assert found == digest(["x", [1, 2]], [first, second])
+    assert len({found, digest(["x", [1, 3]], [first, second]), digest(["x", [1, 2]], [second, first])}) == 3
+
+
+def test_the_estimate_is_that_of_the_first_expert(capsys):
+    update = PackedUpdate(torch.empty(10, 3, 16), torch.empty(10, 3), lambda rows: rows)
+    progress = Progress(21 * 960, num_layers=5)
+    progress.seconds_per_layer = 60.0
+    progress.rounded(update, 30.0)
+    progress.rounded(update, 999.0)
+    # 20 more of them, and four more layers to run.
+    assert capsys.readouterr().out.splitlines() == [
+        "calibrated rounding will take about 14.0 minutes more, by its first expert"
+    ]
 
 
 def test_experts_that_hardly_see_anything_are_rounded_to_nearest(trained, small_bases, adapter, tmp_path):

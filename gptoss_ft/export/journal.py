@@ -1,0 +1,90 @@
+"""What a long merge has rounded so far, kept beside its output, so that a later run of the same merge goes on there."""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptoss_ft.files import naming_a_bad_place, naming_a_full_disk, partial_of
+from gptoss_ft.mxfp4.round import UpdateStats
+
+
+class Journal:
+    """Rounded experts in a hidden folder beside `out`, whose name says of what they are.
+
+    Args:
+        key: a digest of all that decides how experts are rounded, see `digest`.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+
+    def __init__(self, out: Path, key: str) -> None:
+        self.out = out
+        self.folder = out.with_name(f"{_prefix(out)}{key[:16]}")
+        with naming_a_bad_place(out):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def num_weights(self) -> int:
+        """How many expert weights are in it."""
+        return sum(not file.name.startswith(".") for file in self.folder.iterdir())
+
+    def read(self, name: str, expert: int, blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, UpdateStats] | None:
+        """What was noted of an expert of the stack `name`, from the base's blocks [O, G, 16] and scales [O, G]."""
+        try:
+            content = zlib.decompress(self._file(name, expert).read_bytes())
+        except (FileNotFoundError, zlib.error):  # a machine that lost power leaves empty files
+            return None
+        head, _, changes = content.partition(b"\n")
+        changed = torch.frombuffer(bytearray(changes), dtype=torch.uint8)
+        new_blocks = changed[: blocks.numel()].view_as(blocks) ^ blocks
+        new_scales = changed[blocks.numel() :].view_as(scales) ^ scales
+        return new_blocks, new_scales, UpdateStats(**json.loads(head))
+
+    def write(
+        self, name: str, expert: int, base: tuple[Tensor, Tensor], rounded: tuple[Tensor, Tensor, UpdateStats]
+    ) -> None:
+        """Note the blocks and scales that an expert was rounded to.
+
+        Raises:
+            UserError: if the disk is full.
+        """
+        # Few codes change: what differs from the base takes a tenth of the room.
+        changes = b"".join((old ^ new).numpy().tobytes() for old, new in zip(base, rounded[:2], strict=True))
+        content = json.dumps(vars(rounded[2])).encode() + b"\n" + changes
+        file = self._file(name, expert)
+        partial = partial_of(file)
+        with naming_a_full_disk(self.out):
+            partial.write_bytes(zlib.compress(content, level=1))
+            partial.replace(file)
+
+    def remove(self) -> None:
+        """Remove this journal and those of other merges into the same folder, which nothing will go on with."""
+        for folder in self.out.parent.glob(f"{_prefix(self.out)}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _file(self, name: str, expert: int) -> Path:
+        return self.folder / f"{name}.{expert}"
+
+
+def digest(parts: Iterable[object], files: Iterable[Path]) -> str:
+    """A sha256 of the texts of `parts` and the content of `files`."""
+    found = sha256()
+    for part in parts:
+        found.update(f"{part}\n".encode())
+    for file in files:
+        with file.open("rb") as stream:
+            found.update(f"{os.fstat(stream.fileno()).st_size}\n".encode())
+            found.update(stream.read())
+    return found.hexdigest()
+
+
+def _prefix(out: Path) -> str:
+    return f".{out.name}.rounded-"
