@@ -64,6 +64,10 @@ class Choice(NamedTuple, Generic[P, R]):
     refused: tuple[Refused, ...]
 
 
+# Why all kernels for a device are out of use in a dtype, as far as it was told: it is no news from the next operation.
+_told_for_all: set[tuple[Refused, ...]] = set()
+
+
 class Operands(NamedTuple):
     """What the choice of an implementation needs to know about the arguments of every operation."""
 
@@ -168,8 +172,18 @@ class Operation(Generic[P, R]):
         failed = any(refused.failed for refused in choice.refused)
         runs = "plain torch, which is slower" if slow else choice.implementation
         line = f"{self.name} in {short(choice.dtype)} on {choice.device} runs in {runs}; {reasons(choice.refused)}"
+        if slow and self._none_is_available(choice):
+            first = choice.refused not in _told_for_all
+            _told_for_all.add(choice.refused)
+            level = logging.WARNING if first else logging.INFO
+            return level, f"{line} (`gptoss-ft doctor` lists every operation that this holds for)"
         # A processor without the newest instructions is no news; plain torch and wrong results are.
         return logging.WARNING if slow or failed else logging.INFO, line
+
+    def _none_is_available(self, choice: Choice[P, R]) -> bool:
+        """Whether each kernel for the device is refused for what it lacks there, whatever the tensors."""
+        lacks = {made.name: made.unavailable(choice.device, choice.dtype) for made in self.implementations}
+        return all(lacks.get(refused.implementation) == refused.reason for refused in choice.refused)
 
 
 def operands_of(*args: object, **kwargs: object) -> Operands:

@@ -214,6 +214,8 @@ def test_only_the_chosen_answer_is_learned_and_the_pair_is_there():
     assert [m.weight for m in chosen.messages if m.role == "assistant"] == [0.0, 1.0]
     implicit = {"chosen": [*history, *row["chosen"]], "rejected": [*history, *row["rejected"]]}
     assert read_preference_pair(implicit) == (chosen, rejected)
+    assert read_preference_pair({"prompt": history, **implicit}) == (chosen, rejected)
+    assert read_preference_pair({"prompt": USER["content"], **implicit}) == (chosen, rejected)
     openai = {
         "input": {"messages": history, "tools": [FUNCTION], "parallel_tool_calls": True},
         "preferred_completion": row["chosen"],
@@ -294,6 +296,16 @@ BAD_ROWS = [
     ("preference", {"chosen": "a", "rejected": "b"}, "prompt: is absent"),
     ("preference", {"prompt": "q", "chosen": [USER], "rejected": "b"}, "chosen: must begin with the assistant"),
     ("preference", {"prompt": "q", "chosen": "a", "rejected": 3}, "rejected: must be a list, not int"),
+    (
+        "preference",
+        {"prompt": "other", "chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "b"}]},
+        "prompt: is not what `chosen` and `rejected` begin with",
+    ),
+    (
+        "preference",
+        {"prompt": "q", "chosen": [USER, ANSWER], "rejected": [{**USER, "content": "r"}, ANSWER]},
+        "rejected: must begin with the assistant or, after a prompt, as `chosen` does",
+    ),
     ("openai_preference", {"input": [], "preferred_output": []}, "input: must be a JSON object, not list"),
     (
         "openai_preference",

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gptoss_ft.kernels import cpu_library, dispatch, reference, selfcheck, verdicts
+from gptoss_ft.kernels import cpu_library, dispatch, reference, registry, selfcheck, verdicts
 from gptoss_ft.kernels.cases import AWKWARD, DEQUANTIZE_MXFP4, GROUPED_LINEAR, Call, Case, Draw, product_work
 from gptoss_ft.kernels.reference import MXFP4Weight
 from gptoss_ft.kernels.registry import Implementation, Operation
@@ -28,6 +28,7 @@ def nothing_known(tmp_path, monkeypatch):
     monkeypatch.setattr(verdicts, "_verdicts", {})
     for operation in dispatch.OPERATIONS:
         monkeypatch.setattr(operation, "_told", set())
+    monkeypatch.setattr(registry, "_told_for_all", set())
 
 
 def implementation(name, function, **changes):
@@ -128,13 +129,16 @@ def test_without_a_library_the_reference_runs_and_one_line_says_so(monkeypatch, 
     monkeypatch.setattr(cpu_library, "library", lambda: None)
     with caplog.at_level(logging.INFO):
         results = [dispatch.grouped_linear(*operands()) for _ in range(2)]
+        dispatch.dequantize_mxfp4(*DEQUANTIZE_MXFP4.call(Draw(CPU, BF16), AWKWARD).args)
     assert torch.equal(results[0], reference.grouped_linear(*operands()))
+    why = (
+        "in bf16 on cpu runs in plain torch, which is slower; cpu/avx512bf16 and cpu/avx2 and cpu/portable: the CPU "
+        "library was not built: install gptoss-ft again where g++ or clang is found (`gptoss-ft doctor` lists every "
+        "operation that this holds for)"
+    )
     assert [(record.levelname, record.message) for record in caplog.records] == [
-        (
-            "WARNING",
-            "grouped_linear in bf16 on cpu runs in plain torch, which is slower; cpu/avx512bf16 and cpu/avx2 and "
-            "cpu/portable: the CPU library was not built: install gptoss-ft again where g++ or clang is found",
-        )
+        ("WARNING", f"grouped_linear {why}"),
+        ("INFO", f"dequantize_mxfp4 {why}"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""TRL's preference rows: `chosen`, `rejected` and, unless both begin with it, `prompt`; texts or lists of messages.
+"""TRL's preference rows: `chosen`, `rejected` and, unless these begin with it, `prompt`; texts or messages.
 
 Supervised fine-tuning learns the chosen answer; the rejected one is read, so that its faults are found, and left out.
 """
@@ -35,12 +35,19 @@ def read_preference_pair(
     fields = Field(row)
     prompt = side(fields["prompt"], "user", has_loss=False) if fields["prompt"] else []
     answers = [side(fields[key], "assistant", has_loss=True) for key in ("chosen", "rejected")]
-    if not prompt:
-        shared = _shared_prompt(*answers)
+    # Whole dialogues, as in UltraFeedback; a prompt beside them says again what they begin with.
+    if not prompt or all(answer and answer[0].role != "assistant" for answer in answers):
+        shared = answers[0][: _shared_prompt(*answers)]
         if not shared:
+            if prompt:
+                raise fields["rejected"].error("must begin with the assistant or, after a prompt, as `chosen` does")
             raise fields["prompt"].error("is absent, and `chosen` and `rejected` do not begin with the same messages")
-        prompt = [chat_message(message.entry, has_loss=False) for message in answers[0][:shared]]
-        answers = [answer[shared:] for answer in answers]
+        if prompt and _contents(prompt) not in (_contents(shared[: len(prompt)]), _contents(shared[-len(prompt) :])):
+            raise fields["prompt"].error(
+                "is not what `chosen` and `rejected` begin with: remove it, or repeat it there"
+            )
+        prompt = [chat_message(message.entry, has_loss=False) for message in shared]
+        answers = [answer[len(shared) :] for answer in answers]
     chosen, rejected = (
         pair_side(prompt, answer, fields, fields[key], fields["tools"], defaults)
         for key, answer in zip(("chosen", "rejected"), answers, strict=True)
@@ -60,6 +67,10 @@ def pair_side(
     if not answer or answer[0].role != "assistant":
         raise field.error("must begin with the assistant after the prompt")
     return conversation_of([*prompt, *answer], row, tools=tools, defaults=defaults)
+
+
+def _contents(messages: Sequence[ChatMessage]) -> list[object]:
+    return [message.content.value for message in messages]
 
 
 def _shared_prompt(chosen: Sequence[ChatMessage], rejected: Sequence[ChatMessage]) -> int:
