@@ -1,13 +1,14 @@
 """Seconds and memory of a merge of gpt-oss-20b's shape with every expert trained, through `gptoss-ft export`'s merge.
 
     python benchmarks/merge_20b.py [--format mxfp4] [--base DIR] [--out DIR] [--layers 24] [--rank 8] [--json]
+    python benchmarks/merge_20b.py --calibration-tokens 4096 --updated 1
 
 Random weights, and a random adapter on attention and every expert of all layers. The base checkpoint is written to
 `--base` if it is not there (13.8 GB); what was merged is removed again (13.8 GB, as `bf16` 41.8 GB). Rounding is to
-nearest.
+nearest, or with `--calibration-tokens` for inputs that the model has on so many random tokens, in rows of 512.
 
-    seconds         merging and writing, by the clock, with the hashes in manifest.json
-    private_gb      most anonymous memory the process held: the adapter, and what is being merged
+    seconds         calibrating, merging and writing, by the clock, with the hashes in manifest.json
+    private_gb      most anonymous memory the process held: the adapter (twice where calibrated), what is being merged
     adapter_gb      the adapter's factors
     out_gb          what was written
 """
@@ -25,14 +26,16 @@ import torch
 from step_20b import anonymous_bytes, most
 
 from gptoss_ft.adapters.attach import Targets, attach_adapters
-from gptoss_ft.adapters.save import save_adapter
+from gptoss_ft.adapters.save import load_adapter, save_adapter
 from gptoss_ft.export.adapter import read_adapter
+from gptoss_ft.export.calibrate import Calibration
 from gptoss_ft.export.merge import MergeFormat, merge
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
 from gptoss_ft.model.spec import SPECS
 
+ROW_TOKENS = 512
 FORMATS = ("mxfp4", "bf16", "original", "gguf", "gguf_q8_0")
 
 
@@ -43,6 +46,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/merge_20b"), help="folder for what is merged")
     parser.add_argument("--layers", type=int, default=24, help="of a base that is written; fewer make a quicker look")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--updated", type=int, help="merge the updates of so many layers, the first ones; default all")
+    parser.add_argument("--calibration-tokens", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one line of JSON last")
     args = parser.parse_args()
 
@@ -54,7 +59,7 @@ def main() -> None:
         maker = get_context("spawn").Process(target=make_adapter, args=(args.base, adapter, args.rank))
         maker.start()
         maker.join()
-        result = measure(args.base, adapter, args.out, args.format)
+        result = measure(args.base, adapter, args.out, args.format, args.updated, args.calibration_tokens)
     for name, value in result.items():
         print(f"{name:16} {value:.4g}")
     if args.json:
@@ -73,13 +78,18 @@ def make_adapter(base: Path, out: Path, rank: int) -> None:
     save_adapter(model, out)
 
 
-def measure(base: Path, adapter: Path, out: Path, format: MergeFormat) -> dict[str, float]:
+def measure(
+    base: Path, adapter: Path, out: Path, format: MergeFormat, num_updated: int | None, num_tokens: int
+) -> dict[str, float]:
     with most(anonymous_bytes) as private:
         checkpoint = Checkpoint.open(base)
         deltas = read_adapter(adapter, checkpoint.spec)
+        if num_updated is not None:
+            deltas = {name: delta for name, delta in deltas.items() if int(name.split(".")[2]) < num_updated}
         start = time.perf_counter()
+        calibrate = calibration(base, adapter, num_tokens) if num_tokens else None
         try:
-            print(merge(checkpoint, deltas, out, format=format))
+            print(merge(checkpoint, deltas, out, format=format, calibrate=calibrate))
             seconds = time.perf_counter() - start
             num_bytes = sum(file.stat().st_size for file in out.iterdir())
         finally:
@@ -91,6 +101,12 @@ def measure(base: Path, adapter: Path, out: Path, format: MergeFormat) -> dict[s
         "adapter_gb": factors / 1e9,
         "out_gb": num_bytes / 1e9,
     }
+
+
+def calibration(base: Path, adapter: Path, num_tokens: int) -> Calibration:
+    model, _ = load_adapter(load_base(base), adapter)
+    ids = torch.randint(model.config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0))
+    return Calibration(model, [row.tolist() for row in ids.split(ROW_TOKENS)])
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class Journal:
         Raises:
             UserError: if the disk is full.
         """
-        # Few codes change: what differs from the base takes a tenth of the room.
+        # Most codes are the base's: what differs from them compresses well.
         changes = b"".join((old ^ new).numpy().tobytes() for old, new in zip(base, rounded[:2], strict=True))
         content = json.dumps(vars(rounded[2])).encode() + b"\n" + changes
         file = self._file(name, expert)
