@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, cat, float32, stack
 from torch.nn.functional import pad
 
@@ -70,8 +70,11 @@ def is_adapter_sglang(folder: Path) -> bool:
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         return False
-    with safe_open(file, framework="pt") as adapter:
-        matches = [KEY.fullmatch(key) for key in sorted(adapter.keys())]
+    try:
+        with safe_open(file, framework="pt") as adapter:
+            matches = [KEY.fullmatch(key) for key in sorted(adapter.keys())]
+    except SafetensorError as error:
+        raise UserError(f"{file} is truncated or damaged ({error}): copy it again, or export again") from error
     return any(match and ".experts." in match["weight"] for match in matches)
 
 

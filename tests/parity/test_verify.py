@@ -477,6 +477,36 @@ def test_folders_that_are_no_export_of_the_run_are_named(wide, exports, tmp_path
         wide.verify(short)
 
 
+@pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "no_manifest"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_truncated_file_is_named(wide, exports, tmp_path, format, manifest):
+    export = shutil.copytree(exports[format], tmp_path / "out")
+    file = max(export.iterdir(), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-100])
+    if not manifest:
+        (export / "manifest.json").unlink()
+    with pytest.raises(UserError, match=re.escape(str(file))):
+        wide.verify(export)
+
+
+def test_a_stale_shard_fails(wide, exports, tmp_path):
+    """Half of the tensors are of another run's export, whose shapes are the same."""
+    other = train(tmp_path, wide.base, WIDE, steps=8).export("mxfp4", tmp_path / "other")
+    out = tmp_path / "out"
+    shutil.copytree(exports["mxfp4"], out, ignore=shutil.ignore_patterns("manifest.json", "*.safetensors"))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (exports["mxfp4"], other))
+    shards = {f"model-0000{number}-of-00001.safetensors": number for number in (0, 1)}
+    weight_map = {}
+    for file, number in shards.items():
+        part = {name: tensor for name, tensor in (ours, theirs)[number].items() if (".layers.1." in name) == number}
+        save_file(part, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    report = wide.verify(out)
+    assert report.verdict == "FAILED"
+    assert {distance.name.split(".")[2] for distance in report.weights.outside} == {"1"}
+
+
 def test_missing_and_foreign_tokenizers_are_named(wide, exports, tmp_path):
     base, export = (shutil.copytree(folder, tmp_path / folder.name) for folder in (wide.base, exports["mxfp4"]))
     (base / "tokenizer.json").write_text("{}")
