@@ -34,7 +34,7 @@ from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
 from gptoss_ft.model.spec import GptOssSpec
-from gptoss_ft.mxfp4.round import measure_update
+from gptoss_ft.mxfp4.round import UpdateStats
 from gptoss_ft.recipes import verify as recipe
 
 WIDE = GptOssSpec(
@@ -276,24 +276,17 @@ def test_one_flipped_sign_in_a_copied_expert_fails(tmp_path):
 
 
 def test_calibrated_experts_are_known_by_what_was_written(wide, tmp_path):
-    """Rounded to 0 and 1 scales only, no block is near its target, and still one changed code is found."""
-
-    class Coarse:
-        def round(self, target, base_blocks, base_scales):
-            stats = measure_update(target, target, target)
-            return torch.full_like(base_blocks, 0x22), base_scales, stats
-
+    """An expert whose numbers are all one: no block is near its target, and still one changed code is found."""
     base = Checkpoint.open(wide.base)
-    deltas = read_adapter(wide.adapter, base.spec)
-    coarse = {(gate_up(), 2)}
-    report = merge(
-        base,
-        deltas,
-        tmp_path / "mxfp4",
-        format="mxfp4",
-        calibrate=lambda name, expert: Coarse() if (name, expert) in coarse else None,
-        progress=False,
-    )
+
+    def calibrate(name, expert, *_):
+        if (name, expert) != (gate_up(), 2):
+            return None
+        blocks, scales = (base.read(f"{name}_{part}", expert, expert + 1)[0] for part in ("blocks", "scales"))
+        return torch.full_like(blocks, 0x22), scales, UpdateStats()
+
+    deltas, out = read_adapter(wide.adapter, base.spec), tmp_path / "mxfp4"
+    report = merge(base, deltas, out, format="mxfp4", calibrate=calibrate, progress=False)
     assert list(report.calibrated) == [gate_up()] and list(report.calibrated[gate_up()]) == [2]
     # Nothing says that these blocks are so on purpose.
     assert [d.place for d in wide.verify(tmp_path / "mxfp4").weights.outside] == [f"{gate_up()}, expert 2"]
