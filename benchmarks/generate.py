@@ -7,8 +7,8 @@ safetensors and as GGUF). Ours is `load_base` with packed experts and transforme
 default options. Both have the same prompt and number of threads, and one is closed before the other is opened: the
 whole model need fit into memory only once. The first token, which the prompt is read for, is timed apart.
 
-Speed is counted by the clock and by processor time over threads, which another job's use of the cores hardly changes;
-the ratio is of processor times.
+Speed is by the clock, so the machine must be quiet: threads of both programs spin while they wait, which leaves no
+meaning to processor time.
 """
 
 import argparse
@@ -23,9 +23,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
-
-# Waiting threads must sleep: spinning would count as processor time. Read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import llama_cpp as library
 import numpy as np
@@ -46,35 +43,30 @@ PROMPT = "Explain why the sky is blue, in a few short sentences. " * 4
 
 
 class Seconds(NamedTuple):
-    """Until the first token and for each of the others, by the clock and by processor time over threads."""
+    """Until the first token, and the mean of the others."""
 
-    prompt_wall: float
-    prompt_cpu: float
-    token_wall: float
-    token_cpu: float
+    prompt: float
+    token: float
 
 
 @dataclass
 class Clock:
-    """The moments at which tokens appeared: by the clock, and by processor time over threads."""
+    """The moments at which tokens appeared."""
 
-    threads: int
     at_first_token: Callable[[], object] | None = None
 
     def __post_init__(self) -> None:
-        self.moments: list[tuple[float, float]] = []
+        self.moments: list[float] = []
         self.tick()
 
     def tick(self) -> None:
-        self.moments.append((time.perf_counter(), time.process_time() / self.threads))
+        self.moments.append(time.perf_counter())
         if len(self.moments) == 2 and self.at_first_token:
             self.at_first_token()
 
     def seconds(self) -> Seconds:
         (start, first, *_), last = self.moments, self.moments[-1]
-        count = len(self.moments) - 2
-        each = ((last[0] - first[0]) / count, (last[1] - first[1]) / count)
-        return Seconds(first[0] - start[0], first[1] - start[1], *each)
+        return Seconds(first - start, (last - first) / (len(self.moments) - 2))
 
 
 Generate = Callable[..., Clock]
@@ -95,7 +87,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         base, gguf = checkpoints(args.folder or Path(temporary), args.layers)
         print(f"{len(prompt_ids())} tokens of prompt, {args.tokens} generated, {args.threads} threads")
-        with ours(base, args.threads) as generate:
+        with ours(base) as generate:
             mine = measure("gptoss-ft", generate, args.tokens, args.rounds)
             if args.profile:
                 show_profile(generate, args.tokens)
@@ -103,11 +95,11 @@ def main() -> None:
         with peer(gguf, args.threads) as generate:
             theirs = measure("llama.cpp", generate, args.tokens, args.rounds)
         result = {
-            "prompt_s": round(mine.prompt_wall, 3),
-            "prompt_s_llama_cpp": round(theirs.prompt_wall, 3),
-            "tokens_per_s_llama_cpp": round(1 / theirs.token_wall, 3),
-            "ratio_vs_llama_cpp": round(theirs.token_cpu / mine.token_cpu, 4),
-            "tokens_per_s": round(1 / mine.token_wall, 3),
+            "prompt_s": round(mine.prompt, 3),
+            "prompt_s_llama_cpp": round(theirs.prompt, 3),
+            "tokens_per_s_llama_cpp": round(1 / theirs.token, 3),
+            "ratio_vs_llama_cpp": round(theirs.token / mine.token, 4),
+            "tokens_per_s": round(1 / mine.token, 3),
         }
     if args.json:
         print(json.dumps(result))
@@ -128,11 +120,7 @@ def measure(name: str, generate: Generate, num_tokens: int, rounds: int) -> Seco
     generate(prompt_ids(), 2)
     measured = [generate(prompt_ids(), num_tokens).seconds() for _ in range(rounds)]
     medians = Seconds(*map(statistics.median, zip(*measured, strict=True)))
-    print(
-        f"{name:10} {1 / medians.token_wall:7.2f} tokens/s by the clock, {1 / medians.token_cpu:7.2f} by processor "
-        f"time · prompt {medians.prompt_wall:.2f} s, {medians.prompt_cpu:.2f} s",
-        flush=True,
-    )
+    print(f"{name:10} {1 / medians.token:7.2f} tokens/s · prompt {medians.prompt:.2f} s", flush=True)
     return medians
 
 
@@ -142,7 +130,7 @@ def prompt_ids() -> list[int]:
 
 
 @contextmanager
-def ours(base: Path, threads: int) -> Iterator[Generate]:
+def ours(base: Path) -> Iterator[Generate]:
     model = load_base(base)
     # A check of every token for the end would be timed too.
     model.generation_config.eos_token_id = None
@@ -162,7 +150,7 @@ def ours(base: Path, threads: int) -> Iterator[Generate]:
             pass
 
     def generate(prompt: list[int], num_tokens: int, at_first_token: Callable[[], object] | None = None) -> Clock:
-        clock = Clock(threads, at_first_token)
+        clock = Clock(at_first_token)
         options = {"do_sample": False, "use_cache": True, "max_new_tokens": num_tokens}
         model.generate(torch.tensor([prompt]), streamer=Ticks(clock), **options)
         return clock
@@ -181,7 +169,7 @@ def peer(file: Path, threads: int) -> Iterator[Generate]:
         options.n_ctx = len(prompt) + num_tokens
         options.n_threads = options.n_threads_batch = threads
         context = library.llama_init_from_model(model, options)
-        clock = Clock(threads)
+        clock = Clock()
         tokens = prompt
         for _ in range(num_tokens):
             buffer = (library.llama_token * len(tokens))(*tokens)  # the batch only points to it
