@@ -158,6 +158,30 @@ def _combine(draw: Draw, size: Size) -> Call:
     return Call((draw.normal(T, size.outputs), draw.whole(T, T // 2, 4), draw.normal(T // 2, 4)))
 
 
+def _expert_mixture(draw: Draw, size: Size) -> Call:
+    # Few tokens, as in a step of generation: one expert has several of them, and one has none.
+    experts_TK = torch.tensor([[0, 2], [3, 0], [0, 2]], device=draw.device)
+    E, H, I = 4, size.inputs, size.outputs
+    weights_TK = draw.normal(*experts_TK.shape).softmax(-1)
+    gate_up, down = (draw.packed(E, 2 * I, H), draw.normal(E, 2 * I)), (draw.packed(E, H, I), draw.normal(E, H))
+    constants = {"alpha": 1.702, "limit": 7.0}
+    return Call((draw.normal(len(experts_TK), H), experts_TK, weights_TK, *gate_up, *down), constants)
+
+
+def mixture_work(size: Size, dtype: torch.dtype) -> Work:
+    # Bytes of three experts, which are read once whatever the dtype.
+    return Work(1e-9 * 3 * 3 * size.inputs * size.outputs * (0.5 + 1 / BLOCK_SIZE), "GB/s")
+
+
+def _rms_norm(draw: Draw, size: Size) -> Call:
+    # Few rows, of a step of generation.
+    return Call((draw.normal(3, size.inputs), draw.normal(size.inputs), 1e-5))
+
+
+def rms_norm_work(size: Size, dtype: torch.dtype) -> Work:
+    return Work(1e-9 * 2 * 3 * size.inputs * dtype.itemsize, "GB/s")
+
+
 def _low_rank_down(draw: Draw, size: Size) -> Call:
     T, E, I = sum(size.rows_E), len(size.rows_E), size.inputs
     return Call((draw.normal(T, I), draw.normal(E, size.rank, I), size.ends_E))
@@ -246,6 +270,8 @@ CROSS_ENTROPY = Case(_cross_entropy, rows_work(2))
 CLAMPED_SWIGLU = Case(_clamped_swiglu, rows_work(1.5))
 WEIGHTED_SWIGLU_BACKWARD = Case(_weighted_swiglu_backward, rows_work(3))
 COMBINE = Case(_combine, rows_work(2.5))
+EXPERT_MIXTURE = Case(_expert_mixture, mixture_work)
+RMS_NORM = Case(_rms_norm, rms_norm_work)
 LOW_RANK_DOWN = Case(_low_rank_down, low_rank_work)
 LOW_RANK_UP_ = Case(_low_rank_up_, low_rank_work)
 LOW_RANK_GRADIENT_ = Case(_low_rank_gradient_, low_rank_work)

@@ -20,6 +20,8 @@ from gptoss_ft.kernels import (
     cpu_library,
     cpu_loss,
     cpu_merging,
+    cpu_mixture,
+    cpu_norm,
     cpu_rounding,
     flex_attention,
     merging,
@@ -141,6 +143,10 @@ weighted_swiglu_backward = Operation(
     cases.WEIGHTED_SWIGLU_BACKWARD,
 )
 combine = Operation(reference.combine, _library(cpu_experts.combine, _refuses_dtypes, (cases.ODD,)), cases.COMBINE)
+expert_mixture = Operation(
+    reference.expert_mixture, _library(cpu_mixture.expert_mixture, cpu_mixture.refusal), cases.EXPERT_MIXTURE
+)
+rms_norm = Operation(reference.rms_norm, _library(cpu_norm.rms_norm, cpu_norm.refusal, (cases.ODD,)), cases.RMS_NORM)
 low_rank_down = Operation(
     reference.low_rank_down, _library(cpu_experts.low_rank_down, _refuses_dtypes, (cases.ODD,)), cases.LOW_RANK_DOWN
 )
@@ -208,6 +214,8 @@ OPERATIONS: tuple[Operation, ...] = (
     clamped_swiglu,
     weighted_swiglu_backward,
     combine,
+    expert_mixture,
+    rms_norm,
     low_rank_down,
     low_rank_up_,
     low_rank_gradient_,

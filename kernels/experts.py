@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptoss_ft.kernels import dispatch, low_rank, reference
+from gptoss_ft.kernels import cpu_mixture, dispatch, low_rank, reference
 from gptoss_ft.kernels.low_rank import LowRank
 from gptoss_ft.kernels.reference import MXFP4Weight
 
@@ -58,6 +58,11 @@ def expert_block(
     Raises:
         ValueError: if the biases of packed weights require a gradient.
     """
+    if _is_step_of_generation(hidden_TH, experts_TK, routing_weights_TK, gate_up, down):
+        projections = gate_up.weight, gate_up.bias_EO, down.weight, down.bias_EO
+        return dispatch.expert_mixture(
+            hidden_TH, experts_TK, routing_weights_TK, *projections, alpha=alpha, limit=limit
+        )
     order_N, ends_E = _sort_by_expert(experts_TK, gate_up)
     constants = _Constants(ends_E, alpha, limit)
     if _trains_weights(gate_up) or _trains_weights(down):
@@ -204,6 +209,17 @@ def _take(items: list[Any], count: int) -> list[Any]:
     """Remove the first `count` items and return them."""
     taken, items[:] = items[:count], items[count:]
     return taken
+
+
+def _is_step_of_generation(
+    hidden_TH: Tensor, experts_TK: Tensor, routing_TK: Tensor, gate_up: ExpertProjection, down: ExpertProjection
+) -> bool:
+    """Whether `dispatch.expert_mixture` is to compute the block: of few tokens, on the CPU, without a gradient."""
+    if hidden_TH.device.type != "cpu" or not cpu_mixture.takes_rows(experts_TK):
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_TH, routing_TK, gate_up.bias_EO, down.bias_EO)):
+        return False
+    return all(isinstance(p.weight, MXFP4Weight) and not p.low_rank for p in (gate_up, down))
 
 
 def _sort_by_expert(experts_TK: Tensor, gate_up: ExpertProjection) -> tuple[Tensor, list[int]]:

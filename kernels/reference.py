@@ -199,6 +199,34 @@ def combine(y_NI: Tensor, slots_TK: Tensor, weights_TK: Tensor | None) -> Tensor
     return (y_TKI if weights_TK is None else y_TKI * weights_TK[..., None].to(y_NI.dtype)).sum(1)
 
 
+def expert_mixture(
+    hidden_TH: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up: MXFP4Weight,
+    gate_up_bias_EO: Tensor,
+    down: MXFP4Weight,
+    down_bias_EH: Tensor,
+    *,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """The expert block of gpt-oss, from `grouped_linear`, `clamped_swiglu` and `combine`: `[T, H]`."""
+    order_N = experts_TK.reshape(-1).argsort(stable=True)
+    ends_E = experts_TK.reshape(-1).bincount(minlength=len(down_bias_EH)).cumsum(0).tolist()
+    gate_up_NO = grouped_linear(hidden_TH[order_N // experts_TK.shape[1]], gate_up, gate_up_bias_EO, ends_E)
+    act_NI = clamped_swiglu(gate_up_NO, alpha=alpha, limit=limit)
+    y_NH = grouped_linear(act_NI, down, down_bias_EH, ends_E)
+    return combine(y_NH, order_N.argsort().view_as(experts_TK), weights_TK)
+
+
+def rms_norm(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
+    """`weight · x / sqrt(mean of x² + epsilon)` of each row, computed in at least fp32: `[T, H]`."""
+    wide = accurate(x_TH.dtype)
+    scale_T1 = x_TH.to(wide).square().mean(-1, keepdim=True).add(epsilon).rsqrt()
+    return (weight_H.to(wide) * (x_TH.to(wide) * scale_T1)).to(x_TH.dtype)
+
+
 def accurate(dtype: torch.dtype) -> torch.dtype:
     """The dtype for sums and for what is small: fp32, or fp64 beside fp64."""
     return torch.promote_types(dtype, torch.float32)

@@ -17,6 +17,7 @@ from gptoss_ft.kernels.dispatch import dequantize_mxfp4
 from gptoss_ft.model.attention import ATTENTION
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.experts import PackedExperts
+from gptoss_ft.model.few_rows import use_few_rows_layers
 from gptoss_ft.model.linear import use_frozen_linear
 
 PACKED = "mxfp4_packed"
@@ -105,6 +106,7 @@ def load_base(
             logging.enable_progress_bar()
     model.requires_grad_(False)
     use_frozen_linear(model)
+    use_few_rows_layers(model)
     model.config.use_cache = False
     # What PEFT records as the base of an adapter.
     model.name_or_path = str(path)

@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "experts.h"
 #include "grouped.h"
+#include "mixture.h"
 #include "parallel.h"
 
 using namespace gptoss_ft;
@@ -129,6 +130,21 @@ EXPORT int gptoss_ft_combine(int isa, int threads, int dtype, const void* y, con
                              int64_t tokens, int64_t choices, int64_t columns, void* out) {
     return status_of([&] {
         combine(experts_for(isa, dtype, dtype), threads, DType(dtype), y, slots, weights, tokens, choices, columns, out);
+    });
+}
+
+// Both projections are packed: [num_experts, 2 * intermediate, hidden] and [num_experts, hidden, intermediate].
+EXPORT int gptoss_ft_mixture(int isa, int threads, int dtype, const void* hidden, const int64_t* experts,
+                             const float* weights, int64_t tokens, int64_t choices, const uint8_t* gate_up,
+                             const uint8_t* gate_up_scales, const void* gate_up_bias, const uint8_t* down,
+                             const uint8_t* down_scales, const void* down_bias, int bias_dtype, int64_t num_experts,
+                             int64_t hidden_size, int64_t intermediate_size, float alpha, float limit, void* out) {
+    return status_of([&] {
+        const Experts up{kMXFP4, gate_up, gate_up_scales, nullptr, num_experts, 2 * intermediate_size, hidden_size};
+        const Experts back{kMXFP4, down, down_scales, nullptr, num_experts, hidden_size, intermediate_size};
+        const Mixture of{up, back, gate_up_bias, down_bias, DType(bias_dtype), alpha, limit};
+        mixture(kernels_for(Isa(isa), DType(dtype), kMXFP4), experts_for(isa, dtype, dtype), threads, of, DType(dtype),
+                hidden, experts, weights, tokens, choices, out);
     });
 }
 

@@ -1,12 +1,11 @@
 #include "grouped.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <optional>
 #include <vector>
 
+#include "buffer.h"
 #include "parallel.h"
 
 namespace gptoss_ft {
@@ -23,21 +22,6 @@ constexpr int64_t kDxGroupBytes = 128 * 1024;
 constexpr int64_t kForwardWidth = 4 * kBlock;
 constexpr int64_t kDxWidth = 128 * kBlock;
 constexpr int64_t kSumBytes = 1024 * 1024;  // of a strip: they are read and written once for every slice
-
-class Buffer {
-public:
-    explicit Buffer(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 64) / 64 * 64)) {
-        if (!data_) throw std::bad_alloc();
-    }
-    template <class T = uint8_t>
-    T* at(size_t offset = 0) const { return reinterpret_cast<T*>(static_cast<uint8_t*>(data_.get()) + offset); }
-
-private:
-    struct Free {
-        void operator()(void* data) const { std::free(data); }
-    };
-    std::unique_ptr<void, Free> data_;
-};
 
 // Consecutive rows of one expert, at most kRowBlock, cut into tiles of nearly equal height.
 struct RowBlock {
@@ -200,18 +184,6 @@ void store(const Kernels& kernels, const RowBlock& block, const float* sums, con
     }
 }
 
-Weight weight_of(const Experts& experts, int64_t expert) {
-    const int64_t size = experts.out * experts.in;
-    const uint8_t* scales = experts.scales ? experts.scales + expert * size / kBlock : nullptr;
-    return {experts.type, experts.data + bytes_of(experts.type, expert * size), scales, experts.out, experts.in};
-}
-
-void load_bias(const void* bias, DType dtype, int64_t first, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; ++i)
-        out[i] = dtype == kBFloat16 ? float_from_bf16(static_cast<const uint16_t*>(bias)[first + i])
-                                    : static_cast<const float*>(bias)[first + i];
-}
-
 }  // namespace
 
 void grouped_linear(const Kernels& kernels, int threads, const Experts& experts, DType dtype, const void* x,
@@ -224,10 +196,10 @@ void grouped_linear(const Kernels& kernels, int threads, const Experts& experts,
         // Its scratch is fresh memory, which costs more than few rows do.
         return [&, strip = std::optional<Strip>()](int64_t item) mutable {
             const RowBlock& block = rows.blocks()[item / num_strips];
-            const Weight weight = weight_of(experts, block.expert);
+            const Weight weight = experts.weight(block.expert);
             const int64_t column = item % num_strips * widest, width = std::min(widest, experts.out - column);
             float bias_strip[kForwardWidth];
-            if (bias) load_bias(bias, bias_dtype, block.expert * experts.out + column, width, bias_strip);
+            if (bias) load_floats(bias, bias_dtype, block.expert * experts.out + column, width, bias_strip);
             const float* add = bias ? bias_strip : nullptr;
             if (block.rows <= kFewRows) {
                 const uint8_t* few = kernels.pack_few ? rows.packed(block, 0, 0) : rows.row(block, 0, 0);
@@ -260,7 +232,7 @@ void grouped_linear_dx(const Kernels& kernels, int threads, const Experts& exper
     for_each_item(threads, num_blocks * num_strips, 1, [&] {
         return [&, strip = Strip(kernels, rows, group)](int64_t item) mutable {
             const RowBlock& block = rows.blocks()[item / num_strips];
-            const Weight weight = weight_of(experts, block.expert);
+            const Weight weight = experts.weight(block.expert);
             const int64_t column = item % num_strips * widest, width = std::min(widest, experts.in - column);
             const auto decode = [&](const Kernels& k, int64_t first, int64_t count, int64_t from, int64_t depth,
                                     void* panels) {

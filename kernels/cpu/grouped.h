@@ -16,6 +16,11 @@ struct Experts {
     int64_t num_experts;
     int64_t out;            // for MXFP4 both multiples of 32, otherwise any size from 1
     int64_t in;
+
+    Weight weight(int64_t expert) const {
+        const int64_t size = out * in;
+        return {type, data + bytes_of(type, expert * size), scales ? scales + expert * size / kBlock : nullptr, out, in};
+    }
 };
 
 // y[t] = x[t] W[e(t)]^T + bias[e(t)]; bias [num_experts, out] of type `bias_dtype`, or null.

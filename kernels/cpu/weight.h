@@ -28,6 +28,13 @@ struct Weight {
     const uint8_t* scale(int64_t row, int64_t block) const { return scales + row * row_blocks() + block; }
 };
 
+// Elements [first, first + count) of fp32 or bf16 `from`.
+inline void load_floats(const void* from, DType dtype, int64_t first, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i)
+        out[i] = dtype == kBFloat16 ? float_from_bf16(static_cast<const uint16_t*>(from)[first + i])
+                                    : static_cast<const float*>(from)[first + i];
+}
+
 // Ask for `bytes` bytes to be brought into the L2 cache. Addresses beyond the mapping do no harm. The asm says that
 // this has an effect: GCC drops calls of functions that do nothing but prefetch.
 inline void prefetch(const uint8_t* from, int64_t bytes) {
