@@ -91,7 +91,7 @@ class _MergedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_TO):  # type: ignore[no-untyped-def]
         x_TI, merged_OI, A_RI, B_OR = ctx.saved_tensors
-        rows = [len(x_TI)]
+        dy_TO, rows = dy_TO.contiguous(), [len(x_TI)]
         B_RO = B_OR.t().contiguous()
         # The update's own products: the gradient of the whole weight is never formed.
         h_TR = dispatch.low_rank_down(x_TI, A_RI[None], rows)

@@ -1,10 +1,10 @@
 """From a finished run to a folder that a server loads."""
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Literal, cast
@@ -21,7 +21,7 @@ from gptoss_ft.export.excerpts import Excerpt, select_positions
 from gptoss_ft.export.fidelity import measure_fidelity
 from gptoss_ft.export.fingerprint import base_fingerprint, check_fingerprint
 from gptoss_ft.export.gguf_adapter import export_adapter_gguf
-from gptoss_ft.export.journal import Journal, digest
+from gptoss_ft.export.journal import Journal, digest, remove_journals
 from gptoss_ft.export.merge import MERGE_FILE, MergeFormat, MergeReport, merge
 from gptoss_ft.export.merge_record import adapter_digest, as_table, effect_note, holds_already, merge_record
 from gptoss_ft.export.sglang_adapter import export_adapter_sglang
@@ -117,15 +117,15 @@ def export_run(
     cfg = config_of(run)
     if cfg.adapter.qat:
         check_merged_export(run, format, calibrated=calibrated is not None)
-    checkpoint = Checkpoint.open(base or cfg.model.path)
+    checkpoint = base_of(run, cfg, base)
     deltas = read_adapter(run.adapter, checkpoint.spec)
     adapter = adapter_digest(deltas)
     if not holds_already(checkpoint, adapter):
         check_fingerprint(run.path, checkpoint)
     elif not merged_base:
         raise UserError(
-            f"{checkpoint.path} holds the update of {run.path} already ({MERGE_FILE} says so): merge into the base "
-            "that was trained on, or merge once more with merged_base=true"
+            f"{checkpoint.path} holds the update of {run.path} already ({MERGE_FILE} says so): name the base that was "
+            "trained on, or have the update twice with merged_base=true"
         )
     if format in ADAPTER_FORMATS:
         ADAPTER_FORMATS[format](run.adapter, out, checkpoint)
@@ -150,12 +150,12 @@ def export_run(
         record = merge_record(checkpoint, adapter, report, fidelity)
         write_json(folder / MERGE_FILE, record)
         place = rejected_path(out) if fault else out
+        if fault:
+            folder.rename(place)
         file = record_path(run, "merge", format, place)
         write_json(file, record)
         write_whole(file.with_suffix(".txt"), as_table(report, fidelity))
         if fault:
-            shutil.rmtree(place, ignore_errors=True)
-            folder.rename(place)
             raise UserError(
                 f"{out} was not written, {fault}: {CURES[format]}; or take the files as they are from {place}, "
                 "where they were left (min_fidelity=0 writes them to their place)"
@@ -170,9 +170,23 @@ def export_run(
         merged_training=cfg.adapter.qat,
         check=check,
     )
-    if calibrate and calibrate.journal:
-        calibrate.journal.remove()
+    remove_journals(out)
     return out
+
+
+def base_of(run: RunFolder, cfg: TrainConfig, base: Path | None) -> Checkpoint:
+    """The checkpoint at `base`, or where the run's config says, if it has the experts that the run needs.
+
+    Raises:
+        UserError: if it is no whole checkpoint, or holds bf16 experts where training rounded packed ones.
+    """
+    checkpoint = Checkpoint.open(base or cfg.model.path)
+    if cfg.adapter.qat and checkpoint.layout == "bf16":
+        raise UserError(
+            f"{checkpoint.path} holds bf16 experts, and {run.path} was trained through the rounding of its packed base "
+            "(adapter.qat=true): name that one with base=FOLDER"
+        )
+    return checkpoint
 
 
 def check_merged_export(run: RunFolder, format: str, *, calibrated: bool) -> None:
@@ -200,8 +214,9 @@ def fidelity_excerpts(cfg: TrainConfig, data: Path | None, num_tokens: int) -> l
 
 
 def rejected_path(out: Path) -> Path:
-    """Where a merged model is left that keeps too little of the training for its place."""
-    return out.with_name(f"{out.name}.rejected")
+    """Where a merged model is left that keeps too little of the training for its place; nothing is there yet."""
+    names = (f"{out.name}.rejected{'' if number == 1 else f'-{number}'}" for number in count(1))
+    return next(place for name in names if not os.path.lexists(place := out.with_name(name)))
 
 
 def calibration(
@@ -218,15 +233,15 @@ def calibration(
             "name its MXFP4 checkpoint with base=FOLDER, or export with rounding=nearest"
         )
     spec = base.spec
-    for name, numbers, count in (
+    for name, numbers, total in (
         ("layers", chosen.layers, spec.num_hidden_layers),
         ("experts", chosen.experts, spec.num_local_experts),
     ):
-        if unknown := sorted(number for number in numbers or () if number >= count):
-            raise UserError(f"{name}={unknown}: {base.path} has {name} 0 to {count - 1}")
+        if unknown := sorted(number for number in numbers or () if number >= total):
+            raise UserError(f"{name}={unknown}: {base.path} has {name} 0 to {total - 1}")
     refuse_existing(out)
     samples = calibration_samples(config_of(run), chosen.num_tokens)
-    journal = Journal(out, rounding_key(run, base, samples))
+    journal = Journal(out, rounding_key(base, deltas, samples))
     if journal.num_weights:
         print(f"going on with {journal.num_weights} expert weights that an interrupted export has rounded")
     model, _ = load_adapter(load_base(base.path), run.adapter)
@@ -241,9 +256,9 @@ def calibration(
     )
 
 
-def rounding_key(run: RunFolder, base: Checkpoint, samples: list[list[int]]) -> str:
+def rounding_key(base: Checkpoint, deltas: Mapping[str, LowRankDelta], samples: list[list[int]]) -> str:
     """A digest of all that decides what calibrated rounding makes of each expert."""
-    return digest([base_fingerprint(base), RULES, samples], sorted(run.adapter.iterdir()))
+    return digest([base_fingerprint(base), adapter_digest(deltas), RULES, samples])
 
 
 def num_elements(deltas: Mapping[str, LowRankDelta], spec: GptOssSpec, chosen: Calibrated) -> int:

@@ -6,8 +6,7 @@ from gptoss_ft.config.schema import MIN_FIDELITY, VerifyCommand
 from gptoss_ft.export.fingerprint import check_fingerprint
 from gptoss_ft.export.verdict import VerifyReport
 from gptoss_ft.export.verify import verify_export
-from gptoss_ft.model.checkpoint import Checkpoint
-from gptoss_ft.recipes.export import config_of, record_path
+from gptoss_ft.recipes.export import base_of, config_of, record_path
 from gptoss_ft.recipes.machine import check_instruction_set
 from gptoss_ft.recipes.samples import rows_to_compare
 from gptoss_ft.training.run_folder import RunFolder, write_json
@@ -49,7 +48,7 @@ def verify_run(
     """
     run = RunFolder(run_path)
     cfg = config_of(run)
-    checkpoint = Checkpoint.open(base or cfg.model.path)
+    checkpoint = base_of(run, cfg, base)
     check_fingerprint(run.path, checkpoint)
     report = verify_export(
         base=checkpoint.path,

@@ -51,8 +51,8 @@ class MergedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[..., in] -> [..., out]`"""
-        if self.disable_adapters:
-            return self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
         return merged_linear(x, self.base_layer.weight, self.base_layer.bias, *_factors(self))
 
 
@@ -63,8 +63,8 @@ class MergedParameter(ParamWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped module returns."""
-        if self.disable_adapters:
-            return self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
         merged = merged_weight(self.get_param(), *_factors(self))
         return functional_call(self.base_layer, {self.parameter_name: merged}, (x, *args), kwargs)
 

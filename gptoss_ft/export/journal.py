@@ -1,7 +1,7 @@
 """What a long merge has rounded so far, kept beside its output, so that a later run of the same merge goes on there."""
 
 import json
-import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterable
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gptoss_ft.export.merged import packed_digest
 from gptoss_ft.files import naming_a_bad_place, naming_a_full_disk, partial_of
 from gptoss_ft.mxfp4.round import UpdateStats
 
@@ -42,11 +43,15 @@ class Journal:
             content = zlib.decompress(self._file(name, expert).read_bytes())
         except (FileNotFoundError, zlib.error):  # a machine that lost power leaves empty files
             return None
-        head, _, changes = content.partition(b"\n")
+        line, _, changes = content.partition(b"\n")
+        head = json.loads(line)
+        # Changes are from these very bytes: the key samples the base, and takes two writings of one number for equal.
+        if head.get("base") != packed_digest(blocks, scales):
+            return None
         changed = torch.frombuffer(bytearray(changes), dtype=torch.uint8)
         new_blocks = changed[: blocks.numel()].view_as(blocks) ^ blocks
         new_scales = changed[blocks.numel() :].view_as(scales) ^ scales
-        return new_blocks, new_scales, UpdateStats(**json.loads(head))
+        return new_blocks, new_scales, UpdateStats(**head["stats"])
 
     def write(
         self, name: str, expert: int, base: tuple[Tensor, Tensor], rounded: tuple[Tensor, Tensor, UpdateStats]
@@ -58,31 +63,33 @@ class Journal:
         """
         # Most codes are the base's: what differs from them compresses well.
         changes = b"".join((old ^ new).numpy().tobytes() for old, new in zip(base, rounded[:2], strict=True))
-        content = json.dumps(vars(rounded[2])).encode() + b"\n" + changes
+        head = {"base": packed_digest(*base), "stats": vars(rounded[2])}
+        content = json.dumps(head).encode() + b"\n" + changes
         file = self._file(name, expert)
         partial = partial_of(file)
         with naming_a_full_disk(self.out):
+            # An export to the same place that ended meanwhile has removed it.
+            self.folder.mkdir(exist_ok=True)
             partial.write_bytes(zlib.compress(content, level=1))
             partial.replace(file)
-
-    def remove(self) -> None:
-        """Remove this journal and those of other merges into the same folder, which nothing will go on with."""
-        for folder in self.out.parent.glob(f"{_prefix(self.out)}*"):
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _file(self, name: str, expert: int) -> Path:
         return self.folder / f"{name}.{expert}"
 
 
-def digest(parts: Iterable[object], files: Iterable[Path]) -> str:
-    """A sha256 of the texts of `parts` and the content of `files`."""
+def remove_journals(out: Path) -> None:
+    """Remove the journals of all merges into `out`, once it is there and nothing will go on with them."""
+    name = re.compile(re.escape(_prefix(out)) + "[0-9a-f]{16}")
+    for folder in out.parent.iterdir():
+        if name.fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def digest(parts: Iterable[object]) -> str:
+    """A sha256 of the texts of `parts`."""
     found = sha256()
     for part in parts:
         found.update(f"{part}\n".encode())
-    for file in files:
-        with file.open("rb") as stream:
-            found.update(f"{os.fstat(stream.fileno()).st_size}\n".encode())
-            found.update(stream.read())
     return found.hexdigest()
 
 

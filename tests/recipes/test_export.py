@@ -17,6 +17,7 @@ from gptoss_ft.adapters.save import save_adapter
 from gptoss_ft.cli import main
 from gptoss_ft.config.load import compose_train_config, to_yaml
 from gptoss_ft.errors import UserError
+from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.distance import quantile
 from gptoss_ft.export.fingerprint import base_fingerprint, check_fingerprint, write_fingerprint
 from gptoss_ft.model.checkpoint import Checkpoint
@@ -178,13 +179,14 @@ main(["export", *sys.argv[2:]])
 
 
 def test_what_was_rounded_is_used_again_for_the_same_only(run, small_bases, tmp_path):
-    folder, base = RunFolder(run), Checkpoint.open(small_bases["mxfp4"])
-    keys = [rounding_key(folder, base, samples) for samples in ([[1, 2], [3]], [[1, 2], [3]], [[1], [2, 3]])]
+    folder, base = RunFolder(run).adapter, Checkpoint.open(small_bases["mxfp4"])
+    deltas = read_adapter(folder, base.spec)
+    keys = [rounding_key(base, deltas, samples) for samples in ([[1, 2], [3]], [[1, 2], [3]], [[1], [2, 3]])]
     other_base = init_checkpoint("tiny", tmp_path / "other", seed=1, progress=False)
-    keys.append(rounding_key(folder, Checkpoint.open(other_base), [[1, 2], [3]]))
-    config = folder.adapter / "adapter_config.json"
+    keys.append(rounding_key(Checkpoint.open(other_base), deltas, [[1, 2], [3]]))
+    config = folder / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
-    keys.append(rounding_key(folder, base, [[1, 2], [3]]))
+    keys.append(rounding_key(base, read_adapter(folder, base.spec), [[1, 2], [3]]))
     assert keys[0] == keys[1] and len(set(keys)) == 4
 
 

@@ -152,6 +152,12 @@ def test_what_keeps_too_little_is_not_written_under_its_name(barely, tmp_path, c
     assert Checkpoint.open(tmp_path / "out.rejected").layout == "mxfp4"
     assert record(tmp_path / "out.rejected")["fidelity"]["fidelity"] < 0.5
 
+    kept = tmp_path / "out.rejected" / "kept"
+    kept.touch()
+    assert export(barely, out, "format=mxfp4") == 1
+    assert f"from {out}.rejected-2, where they were left" in capsys.readouterr().err
+    assert kept.exists() and Checkpoint.open(f"{out}.rejected-2").layout == "mxfp4"
+
     assert export(barely, out, "format=mxfp4", "min_fidelity=0") == 0
     assert record(out) == record(tmp_path / "out.rejected")
     assert export(barely, tmp_path / "bf16", "format=bf16") == 0

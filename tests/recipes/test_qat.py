@@ -118,6 +118,15 @@ def test_another_rounding_is_refused(trained, tmp_path):
         export_run(trained[0], "mxfp4", tmp_path / "out", calibrated=Calibrated(64))
 
 
+def test_a_base_with_expanded_experts_is_refused(trained, tmp_path, capsys):
+    bf16 = trained[0] / "export" / "bf16"
+    assert main(["export", f"run={trained[0]}", "format=mxfp4", f"base={bf16}", f"out={tmp_path / 'out'}"]) == 1
+    assert main(["verify", f"run={trained[0]}", f"base={bf16}", f"path={trained[0] / 'export' / 'mxfp4'}"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert sum(f"error: {bf16} holds bf16 experts, and " in line for line in errors) == 2
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

@@ -7,7 +7,7 @@ from gptoss_ft.adapters.attach import Targets, attach_adapters
 from gptoss_ft.adapters.save import load_adapter, save_adapter
 from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.calibrate import Calibration, LayerwiseInputs, Progress
-from gptoss_ft.export.journal import Journal, digest
+from gptoss_ft.export.journal import Journal, digest, remove_journals
 from gptoss_ft.export.merge import merge
 from gptoss_ft.export.merged import PackedUpdate, row_workers
 from gptoss_ft.kernels.reference import clamped_swiglu, dequantize_mxfp4
@@ -128,22 +128,35 @@ def test_a_journal_gives_back_what_was_noted_and_nothing_else(trained, samples, 
     found = ask(again, name, 1)
     assert torch.equal(found[0], blocks) and torch.equal(found[1], scales) and found[2] == stats
 
+    # Another base of the same key: it was written by a program that gives zeros another sign, say.
+    base = trained.get_base_model().model.layers[1].mlp.experts.get_base_layer()
+    base_blocks, base_scales = base.gate_up_proj_blocks[1], base.gate_up_proj_scales[1]
+    assert torch.equal(journal.read(name, 1, base_blocks, base_scales)[0], blocks)
+    assert journal.read(name, 1, base_blocks ^ 8, base_scales) is None
+
     (file,) = journal.folder.iterdir()
     for broken in (b"", file.read_bytes()[:-5]):
         file.write_bytes(broken)
-        assert journal.read(name, 1, blocks, scales) is None
+        assert journal.read(name, 1, base_blocks, base_scales) is None
     other = Journal(tmp_path / "out", "b" * 64)
-    assert other.num_weights == 0 and other.read(name, 1, blocks, scales) is None
-    other.remove()
+    assert other.num_weights == 0 and other.read(name, 1, base_blocks, base_scales) is None
+    remove_journals(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_digest_is_of_texts_and_contents(tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.write_bytes(b"ab"), second.write_bytes(b"c")
-    found = digest(["x", [1, 2]], [first, second])
-    assert found == digest(["x", [1, 2]], [first, second])
-    assert len({found, digest(["x", [1, 3]], [first, second]), digest(["x", [1, 2]], [second, first])}) == 3
+def test_journals_of_other_folders_stay(tmp_path):
+    for name in ("m[1]", "m1", "m[1].rounded-x"):
+        Journal(tmp_path / name, "a" * 64)
+    remove_journals(tmp_path / "m[1]")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f".m1.rounded-{'a' * 16}",
+        f".m[1].rounded-x.rounded-{'a' * 16}",
+    ]
+
+
+def test_the_digest_is_of_every_part():
+    assert digest(["x", [1, 2]]) == digest(["x", [1, 2]])
+    assert len({digest(parts) for parts in (["x", [1, 2]], ["x", [1, 3]], [[1, 2], "x"])}) == 3
 
 
 def test_the_estimate_is_that_of_the_first_expert(capsys):
