@@ -31,6 +31,7 @@ from gptoss_ft.export.vllm_adapter import export_adapter_vllm, max_lora_rank
 from gptoss_ft.files import refuse_existing, write_whole
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.load import load_base
+from gptoss_ft.model.manifest import add_to_manifest
 from gptoss_ft.model.spec import GptOssSpec
 from gptoss_ft.mxfp4.calibrated import RULES
 from gptoss_ft.recipes.machine import check_instruction_set
@@ -149,6 +150,7 @@ def export_run(
             print("fidelity_tokens=0: what the export keeps of the training was not measured")
         record = merge_record(checkpoint, adapter, report, fidelity)
         write_json(folder / MERGE_FILE, record)
+        add_to_manifest(folder, MERGE_FILE)
         place = rejected_path(out) if fault else out
         if fault:
             folder.rename(place)

@@ -55,6 +55,14 @@ class Manifest:
         (self.folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
 
+def add_to_manifest(folder: Path, name: str) -> None:
+    """Name one more file in the manifest of a folder that has one: what could be written only after all others."""
+    content = (folder / name).read_bytes()
+    manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
+    manifest["files"][name] = {"size": len(content), "sha256": sha256(content).hexdigest()}
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
 def check_sizes(folder: Path) -> None:
     """Raise UserError, naming the first file that is missing or has another size than in manifest.json, if it has one.
 

@@ -16,6 +16,7 @@ from gptoss_ft.export.readers import load_in_fp32
 from gptoss_ft.export.verify import read_export, trained_logits
 from gptoss_ft.kernels.reference import dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.manifest import check_hashes
 from gptoss_ft.recipes.export import config_of
 from gptoss_ft.recipes.samples import rows_to_compare
 from gptoss_ft.training.run_folder import RunFolder
@@ -152,6 +153,9 @@ def test_what_keeps_too_little_is_not_written_under_its_name(barely, tmp_path, c
     assert Checkpoint.open(tmp_path / "out.rejected").layout == "mxfp4"
     assert record(tmp_path / "out.rejected")["fidelity"]["fidelity"] < 0.5
 
+    manifest = json.loads((tmp_path / "out.rejected" / "manifest.json").read_text())
+    assert {*manifest["files"], "manifest.json"} == {path.name for path in (tmp_path / "out.rejected").iterdir()}
+    check_hashes(tmp_path / "out.rejected")
     kept = tmp_path / "out.rejected" / "kept"
     kept.touch()
     assert export(barely, out, "format=mxfp4") == 1
@@ -189,6 +193,9 @@ def test_a_run_is_merged_once(run, tmp_path, capsys):
     assert merged[0]["adapter"] == merged[1]["adapter"] and merged[0]["base"] != merged[1]["base"]
 
     (once / "merge.json").write_text("{}")
+    assert export(run, tmp_path / "third", *words) == 1
+    assert f"{once / 'merge.json'} has 2 bytes where manifest.json says " in capsys.readouterr().err
+    (once / "manifest.json").unlink()
     assert export(run, tmp_path / "third", *words) == 1
     assert f"{once / 'merge.json'} is damaged" in capsys.readouterr().err
 
