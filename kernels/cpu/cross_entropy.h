@@ -1,5 +1,4 @@
-// Softmax cross entropy of rows of logits for any vector width. Included by cross_entropy.cpp once for every
-// instruction set, inside a namespace, after it has defined TARGET and WIDTH.
+// Softmax cross entropy of rows of logits for any vector width: the body of cross_entropy.cpp for by_isa.h.
 
 #include "vectors.h"
 

@@ -8,7 +8,6 @@
 #include "kernels.h"
 #include "mxfp4.h"
 #include "parallel.h"
-#include "targets.h"
 
 namespace gptoss_ft {
 namespace {
@@ -35,37 +34,8 @@ struct DenseMerge {
     int64_t columns, rank;
 };
 
-namespace portable {
-#define TARGET
-#define WIDTH 4
-#define MERGE_ROWS 1
-#include "merge.h"
-#undef TARGET
-#undef WIDTH
-#undef MERGE_ROWS
-}  // namespace portable
-
-#ifdef GPTOSS_FT_X86
-namespace avx2 {
-#define TARGET AVX2_TARGET
-#define WIDTH 8
-#define MERGE_ROWS 2
-#include "merge.h"
-#undef TARGET
-#undef WIDTH
-#undef MERGE_ROWS
-}  // namespace avx2
-
-namespace avx512 {
-#define TARGET AVX512_TARGET
-#define WIDTH 16
-#define MERGE_ROWS 4
-#include "merge.h"
-#undef TARGET
-#undef WIDTH
-#undef MERGE_ROWS
-}  // namespace avx512
-#endif
+#define BODY "merge.h"
+#include "by_isa.h"
 
 }  // namespace
 }  // namespace gptoss_ft
@@ -76,11 +46,7 @@ extern "C" __attribute__((visibility("default"))) int gptoss_ft_merge_mxfp4(
     const int64_t* wanted, int64_t count, int64_t experts, int64_t rows, int64_t groups, int64_t rank,
     uint8_t* blocks, uint8_t* scales) {
     using namespace gptoss_ft;
-    auto merge_rows = &portable::merge_packed_rows;
-#ifdef GPTOSS_FT_X86
-    if (isa == kAvx2) merge_rows = &avx2::merge_packed_rows;
-    if (isa == kAvx512Bf16) merge_rows = &avx512::merge_packed_rows;
-#endif
+    const auto merge_rows = OF_ISA(isa, merge_packed_rows);
     const PackedMerge all{base_blocks, base_scales, A, B, blocks, scales, experts, rows, groups, rank};
     const int64_t runs = ceil_div(rows, kRunRows);
     const int64_t strips = kStripBlocks * kBlock * rank;
@@ -98,11 +64,7 @@ extern "C" __attribute__((visibility("default"))) int gptoss_ft_merge_bf16(
     int isa, int threads, int dtype, const void* base, const float* A, const float* B, int64_t rows, int64_t columns,
     int64_t rank, void* out) {
     using namespace gptoss_ft;
-    auto merge_row = &portable::merge_dense_rows;
-#ifdef GPTOSS_FT_X86
-    if (isa == kAvx2) merge_row = &avx2::merge_dense_rows;
-    if (isa == kAvx512Bf16) merge_row = &avx512::merge_dense_rows;
-#endif
+    const auto merge_row = OF_ISA(isa, merge_dense_rows);
     const DenseMerge all{static_cast<DType>(dtype), base, A, B, out, columns, rank};
     for_each_item(threads, rows, 16, [&] { return [&](int64_t row) { merge_row(all, row); }; });
     return 0;

@@ -1,5 +1,4 @@
-// Merging low-rank updates into rows of frozen weights, for any vector width. Included by merge.cpp once for every
-// instruction set, inside a namespace, after it has defined TARGET, WIDTH and MERGE_ROWS, the rows of a register tile.
+// Merging low-rank updates into rows of frozen weights, for any vector width: the body of merge.cpp for by_isa.h.
 //
 // kernels/merging.py is the definition, to the last bit: merge.cpp is compiled without contraction to fused
 // multiply-adds.
@@ -10,6 +9,7 @@ typedef uint8_t bytes __attribute__((vector_size(WIDTH)));
 
 // A block is kept as its even elements, then its odd ones: they are the low and the high nibbles of its bytes.
 constexpr int kParts = kBlockBytes / WIDTH;
+constexpr int kTileRows = WIDTH / 4;  // of a tile in registers
 
 TARGET static inline ints load_bytes(const uint8_t* from) {
     bytes value;
@@ -17,28 +17,26 @@ TARGET static inline ints load_bytes(const uint8_t* from) {
     return __builtin_convertvector(value, ints);
 }
 
-TARGET static inline vec choose(ints mask, vec yes, vec no) { return (vec)((mask & (ints)yes) | (~mask & (ints)no)); }
-
 // The e2m1 number of each code.
 TARGET static inline vec e2m1_value(ints code) {
     const ints magnitude = code & 7;
     // From 2 on, the code's bits are the lowest of the exponent and the highest of the mantissa.
     const vec large = (vec)((magnitude << 22) + (126 << 23));
     const vec small = __builtin_convertvector(magnitude, vec) * .5f;
-    return (vec)((ints)choose(magnitude < 2, small, large) | ((code & 8) << 28));
+    return (vec)((ints)select(magnitude < 2, small, large) | ((code & 8) << 28));
 }
 
 // The code of the nearest e2m1 number; ties go to even codes. Magnitudes lie on the lines 2a, a + 2 and a / 2 + 4.
 TARGET static inline ints nearest_code(vec value) {
     constexpr float kMagic = 0x1.8p23f;  // adding and subtracting it rounds to whole numbers
     vec a = (vec)((ints)value & INT32_MAX);
-    a = choose(a < 8.f, a, vec{} + 8.f);
+    a = select(a < 8.f, a, vec{} + 8.f);
     const vec first = (a * 2.f + kMagic) - kMagic;
     const vec second = ((a + kMagic) - kMagic) + 2.f;
     const vec third = ((a * .5f + kMagic) - kMagic) + 4.f;
-    vec code = choose(second < first, second, first);
-    code = choose(third < code, third, code);
-    code = choose(code < 7.f, code, vec{} + 7.f);
+    vec code = select(second < first, second, first);
+    code = select(third < code, third, code);
+    code = select(code < 7.f, code, vec{} + 7.f);
     return __builtin_convertvector(code, ints) | (ints)((bits)value >> 31 << 3);
 }
 
@@ -154,9 +152,9 @@ TARGET static void merge_packed_rows(const PackedMerge& m, int64_t expert, int64
                 }
         const int64_t row_block = (expert * m.rows + first) * m.groups + start;
         int64_t row = 0;
-        for (; row + MERGE_ROWS <= rows; row += MERGE_ROWS)
+        for (; row + kTileRows <= rows; row += kTileRows)
             for (int64_t g = 0; g < count; ++g)
-                merge_tile<MERGE_ROWS>(m, strips + g * m.rank * kBlock, factors + row * m.rank,
+                merge_tile<kTileRows>(m, strips + g * m.rank * kBlock, factors + row * m.rank,
                                        row_block + row * m.groups + g);
         for (; row < rows; ++row)
             for (int64_t g = 0; g < count; ++g)

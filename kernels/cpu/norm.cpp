@@ -4,50 +4,16 @@
 #include <utility>
 
 #include "kernels.h"
-#include "targets.h"
 
 namespace gptoss_ft {
 namespace {
 
-namespace portable {
-#define TARGET
-#define WIDTH 4
-#include "norm.h"
-#undef TARGET
-#undef WIDTH
-}  // namespace portable
-
-#ifdef GPTOSS_FT_X86
-namespace avx2 {
-#define TARGET AVX2_TARGET
-#define WIDTH 8
-#include "norm.h"
-#undef TARGET
-#undef WIDTH
-}  // namespace avx2
-
-namespace avx512 {
-#define TARGET AVX512_TARGET
-#define WIDTH 16
-#include "norm.h"
-#undef TARGET
-#undef WIDTH
-}  // namespace avx512
-#endif
-
-template <class X, class W>
-auto row_kernel(int isa) {
-#ifdef GPTOSS_FT_X86
-    if (isa == kAvx512Bf16) return &avx512::norm_row<X, W>;
-    if (isa == kAvx2) return &avx2::norm_row<X, W>;
-#endif
-    (void)isa;
-    return &portable::norm_row<X, W>;
-}
+#define BODY "norm.h"
+#include "by_isa.h"
 
 template <class X, class W>
 void all_rows(int isa, const void* x, const void* weight, int64_t rows, int64_t columns, float epsilon, void* out) {
-    const auto kernel = row_kernel<X, W>(isa);
+    const auto kernel = OF_ISA(isa, norm_row<X, W>);
     for (int64_t row = 0; row < rows; ++row)
         kernel(static_cast<const X*>(x) + row * columns, static_cast<const W*>(weight), columns, epsilon,
                static_cast<X*>(out) + row * columns);

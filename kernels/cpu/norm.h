@@ -1,5 +1,4 @@
-// RMSNorm of a row for any vector width. Included by norm.cpp once for every instruction set, inside a namespace, after
-// it has defined TARGET and WIDTH.
+// RMSNorm of a row for any vector width: the body of norm.cpp for by_isa.h.
 
 #include "vectors.h"
 

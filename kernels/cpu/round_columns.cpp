@@ -7,7 +7,6 @@
 
 #include "kernels.h"
 #include "parallel.h"
-#include "targets.h"
 
 namespace gptoss_ft {
 namespace {
@@ -27,31 +26,8 @@ struct Sweep {
     int64_t columns;
 };
 
-namespace portable {
-#define TARGET
-#define WIDTH 4
-#include "round_columns.h"
-#undef TARGET
-#undef WIDTH
-}  // namespace portable
-
-#ifdef GPTOSS_FT_X86
-namespace avx2 {
-#define TARGET AVX2_TARGET
-#define WIDTH 8
-#include "round_columns.h"
-#undef TARGET
-#undef WIDTH
-}  // namespace avx2
-
-namespace avx512 {
-#define TARGET AVX512_TARGET
-#define WIDTH 16
-#include "round_columns.h"
-#undef TARGET
-#undef WIDTH
-}  // namespace avx512
-#endif
+#define BODY "round_columns.h"
+#include "by_isa.h"
 
 }  // namespace
 }  // namespace gptoss_ft
@@ -62,15 +38,11 @@ extern "C" __attribute__((visibility("default"))) int gptoss_ft_round_columns(
     const float* steps, int64_t steps_stride, const float* spread, int64_t spread_stride, float* residuals,
     int64_t rows, int64_t columns) {
     using namespace gptoss_ft;
-    auto sweep = &portable::sweep_rows;
-    int64_t lanes = 4;
-#ifdef GPTOSS_FT_X86
-    if (isa == kAvx2) sweep = &avx2::sweep_rows, lanes = 8;
-    if (isa == kAvx512Bf16) sweep = &avx512::sweep_rows, lanes = 16;
-#endif
+    const auto sweep = OF_ISA(isa, sweep_rows);
+    const int64_t lanes = OF_ISA(isa, kSweepRows);
     const Sweep all{wanted, wanted_stride, old,       old_stride, steps, steps_stride,
                     spread, spread_stride, residuals, columns};
-    for_each_item(threads, (rows + lanes - 1) / lanes, 4, [&] {
+    for_each_item(threads, ceil_div(rows, lanes), 4, [&] {
         return [&](int64_t item) { sweep(all, item * lanes, std::min(lanes, rows - item * lanes)); };
     });
     return 0;

@@ -1,10 +1,9 @@
-// One sweep over the columns of a weight, for any vector width. Included by round_columns.cpp once for every
-// instruction set, inside a namespace, after it has defined TARGET and WIDTH. Lanes are rows, so nothing waits for a
-// column but the next column.
+// One sweep over the columns of a weight, for any vector width: the body of round_columns.cpp for by_isa.h. Lanes
+// are rows, so nothing waits for a column but the next column.
 
 #include "vectors.h"
 
-TARGET static inline vec select(ints mask, vec yes, vec no) { return (vec)((mask & (ints)yes) | (~mask & (ints)no)); }
+constexpr int64_t kSweepRows = WIDTH;
 
 // The number nearest to `value` among those of e2m1, with ties to even multiples of the spacing.
 TARGET static inline vec nearest_e2m1(vec value) {

@@ -1,5 +1,4 @@
-// Rows of a sum, for any vector width. Included by sparse_product.cpp once for every instruction set, inside a namespace,
-// after it has defined TARGET and WIDTH.
+// Rows of a sum, for any vector width: the body of sparse_product.cpp for by_isa.h.
 
 #include "vectors.h"
 
