@@ -32,5 +32,5 @@ namespace avx512 {
 #define OF_ISA(isa, ...) \
     ((isa) == kAvx512Bf16 ? avx512::__VA_ARGS__ : (isa) == kAvx2 ? avx2::__VA_ARGS__ : portable::__VA_ARGS__)
 #else
-#define OF_ISA(isa, ...) ((void)(isa), portable::__VA_ARGS__)
+#define OF_ISA(isa, ...) portable::__VA_ARGS__
 #endif
