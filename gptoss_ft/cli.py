@@ -50,11 +50,13 @@ def train(words: list[str]) -> int:
 
     cfg = load_train_config(words)
     if cfg.adapter.qat:
-        from gptoss_ft.recipes import qat as recipe
-    else:
-        from gptoss_ft.recipes import sft as recipe
+        from gptoss_ft.recipes import qat
 
-    folder = recipe.main(cfg)
+        folder = qat.main(cfg)
+    else:
+        from gptoss_ft.recipes import sft
+
+        folder = sft.main(cfg)
     # torchrun numbers its processes; one line is enough.
     if os.environ.get("RANK", "0") == "0":
         print(folder)

@@ -72,7 +72,7 @@ def sink_attention(
 
 class _LibraryAttention(Function):
     @staticmethod
-    def forward(ctx, q_BHTD, k_BKSD, v_BKSD, sinks_H, scaling, window, documents_BS, *tree):  # type: ignore[no-untyped-def]
+    def forward(ctx, q_BHTD, k_BKSD, v_BKSD, sinks_H, scaling, window, documents_BS, *tree):
         settings = {"scaling": scaling, "window": window, "documents_BS": documents_BS, "tree": _tree(tree)}
         out_BHTD, lse_BHT = sink_attention_forward(q_BHTD, k_BKSD, v_BKSD, sinks_H, **settings)
         ctx.save_for_backward(q_BHTD, k_BKSD, v_BKSD, sinks_H, out_BHTD, lse_BHT, documents_BS, *tree)
@@ -81,7 +81,7 @@ class _LibraryAttention(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out_BHTD):  # type: ignore[no-untyped-def]
+    def backward(ctx, d_out_BHTD):
         *operands, documents_BS, depths_BS, visible_until_BS = ctx.saved_tensors
         settings = {"documents_BS": documents_BS, "tree": _tree((depths_BS, visible_until_BS))}
         gradients = running_in(ctx.isa, sink_attention_backward)(

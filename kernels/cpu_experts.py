@@ -1,8 +1,8 @@
 """What surrounds the frozen products of the expert block, in the compiled library: activation, combination and LoRA.
 
 Names, signatures and meaning are those of `reference`; LoRA factors enter in their own dtype, and every sum is fp32 in
-an order that no number of threads changes. T tokens · K experts per token · N rows sorted by expert · E experts
-I columns · R LoRA rank
+an order that no number of threads changes. T rows, sorted by expert, or tokens of K choices · N rows of all choices
+E experts · I columns · R LoRA rank
 """
 
 import ctypes
@@ -33,36 +33,36 @@ class _Factor(ctypes.Structure):
     )
 
 
-def clamped_swiglu(gate_up_NC: Tensor, *, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
-    """`reference.clamped_swiglu` of fp32 or bf16 rows `[N, 2·I]`."""
-    of, gate_up_NC = _swiglu(gate_up_NC, alpha, limit)
-    act_NI = gate_up_NC.new_empty(of.rows, of.columns)
+def clamped_swiglu(gate_up: Tensor, *, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
+    """`reference.clamped_swiglu` of fp32 or bf16 rows `[T, 2·I]`."""
+    of, gate_up = _swiglu(gate_up, alpha, limit)
+    act_TI = gate_up.new_empty(of.rows, of.columns)
     # isa, threads, dtype, shape and constants, gate_up, act
     types = (INT, INT, INT, ctypes.POINTER(_SwiGLU), POINTER, POINTER)
-    args = (gate_up_NC.data_ptr(), act_NI.data_ptr())
-    check(function("gptoss_ft_swiglu", *types)(*common(gate_up_NC.dtype), of, *args))
-    return act_NI
+    args = (gate_up.data_ptr(), act_TI.data_ptr())
+    check(function("gptoss_ft_swiglu", *types)(*common(gate_up.dtype), of, *args))
+    return act_TI
 
 
 def weighted_swiglu_backward(
-    gate_up_NC: Tensor, d_z_NI: Tensor, weights_N: Tensor, *, alpha: float = 1.702, limit: float = 7.0
+    gate_up_T2I: Tensor, d_z_TI: Tensor, weights_T: Tensor, *, alpha: float = 1.702, limit: float = 7.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.weighted_swiglu_backward` of fp32 or bf16 rows.
 
     Raises:
         ValueError: if shapes do not fit together.
     """
-    of, gate_up_NC = _swiglu(gate_up_NC, alpha, limit)
-    if d_z_NI.shape != (of.rows, of.columns) or d_z_NI.dtype != gate_up_NC.dtype or weights_N.shape != (of.rows,):
-        shapes = f"{tuple(gate_up_NC.shape)}, {tuple(d_z_NI.shape)} and {tuple(weights_N.shape)}"
-        raise ValueError(f"gate_up, d_z and weights {shapes} are not [N, 2·I], [N, I] of one dtype and [N]")
-    d_z_NI, weights_N = d_z_NI.contiguous(), weights_N.float().contiguous()
-    z_NI, d_gate_up_NC, d_weights_N = (torch.empty_like(t) for t in (d_z_NI, gate_up_NC, weights_N))
+    of, gate_up_T2I = _swiglu(gate_up_T2I, alpha, limit)
+    if d_z_TI.shape != (of.rows, of.columns) or d_z_TI.dtype != gate_up_T2I.dtype or weights_T.shape != (of.rows,):
+        shapes = f"{tuple(gate_up_T2I.shape)}, {tuple(d_z_TI.shape)} and {tuple(weights_T.shape)}"
+        raise ValueError(f"gate_up, d_z and weights {shapes} are not [T, 2·I], [T, I] of one dtype and [T]")
+    d_z_TI, weights_T = d_z_TI.contiguous(), weights_T.float().contiguous()
+    z_TI, d_gate_up_T2I, d_weights_T = (torch.empty_like(t) for t in (d_z_TI, gate_up_T2I, weights_T))
     # isa, threads, dtype, shape and constants, gate_up, d_z, weights, z, d_gate_up, d_weights
     types = (INT, INT, INT, ctypes.POINTER(_SwiGLU), *(POINTER,) * 6)
-    args = (t.data_ptr() for t in (gate_up_NC, d_z_NI, weights_N, z_NI, d_gate_up_NC, d_weights_N))
-    check(function("gptoss_ft_swiglu_backward", *types)(*common(gate_up_NC.dtype), of, *args))
-    return z_NI, d_gate_up_NC, d_weights_N
+    args = (t.data_ptr() for t in (gate_up_T2I, d_z_TI, weights_T, z_TI, d_gate_up_T2I, d_weights_T))
+    check(function("gptoss_ft_swiglu_backward", *types)(*common(gate_up_T2I.dtype), of, *args))
+    return z_TI, d_gate_up_T2I, d_weights_T
 
 
 def combine(y_NI: Tensor, slots_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
@@ -87,25 +87,25 @@ def combine(y_NI: Tensor, slots_TK: Tensor, weights_TK: Tensor | None) -> Tensor
 
 
 def low_rank_down(
-    x_NI: Tensor, factor_ERI: Tensor, ends_E: Sequence[int], experts: Collection[int] | None = None
+    x_TI: Tensor, factor_ERI: Tensor, ends_E: Sequence[int], experts: Collection[int] | None = None
 ) -> Tensor:
     """`reference.low_rank_down` of fp32 or bf16 rows.
 
     Raises:
         ValueError: if shapes or `ends_E` do not fit together.
     """
-    x_NI, factor_ERI = x_NI.contiguous(), _columns_contiguous(factor_ERI)
-    h_NR = x_NI.new_empty(x_NI.shape[0], factor_ERI.shape[1], dtype=torch.float32)
-    factor = _factor(factor_ERI, h_NR, x_NI, ends_E, experts)
+    x_TI, factor_ERI = x_TI.contiguous(), _columns_contiguous(factor_ERI)
+    h_TR = x_TI.new_empty(x_TI.shape[0], factor_ERI.shape[1], dtype=torch.float32)
+    factor = _factor(factor_ERI, h_TR, x_TI, ends_E, experts)
     # isa, threads, dtype, factor, x, h
     types = (INT, INT, INT, ctypes.POINTER(_Factor), POINTER, POINTER)
-    check(function("gptoss_ft_low_rank_down", *types)(*common(x_NI.dtype), factor, x_NI.data_ptr(), h_NR.data_ptr()))
-    return h_NR
+    check(function("gptoss_ft_low_rank_down", *types)(*common(x_TI.dtype), factor, x_TI.data_ptr(), h_TR.data_ptr()))
+    return h_TR
 
 
 def low_rank_up_(
-    y_NI: Tensor,
-    h_NR: Tensor,
+    y_TI: Tensor,
+    h_TR: Tensor,
     factor_ERI: Tensor,
     scaling: float,
     ends_E: Sequence[int],
@@ -116,20 +116,20 @@ def low_rank_up_(
     Raises:
         ValueError: if shapes or `ends_E` do not fit together, or `y` is not contiguous.
     """
-    if not y_NI.is_contiguous():
+    if not y_TI.is_contiguous():
         raise ValueError("y must be contiguous, to be added to in place")
-    h_NR, factor_ERI = h_NR.float().contiguous(), _columns_contiguous(factor_ERI)
-    factor = _factor(factor_ERI, h_NR, y_NI, ends_E, experts)
+    h_TR, factor_ERI = h_TR.float().contiguous(), _columns_contiguous(factor_ERI)
+    factor = _factor(factor_ERI, h_TR, y_TI, ends_E, experts)
     # isa, threads, dtype, factor, h, scaling, y
     types = (INT, INT, INT, ctypes.POINTER(_Factor), POINTER, ctypes.c_float, POINTER)
-    args = (factor, h_NR.data_ptr(), scaling, y_NI.data_ptr())
-    check(function("gptoss_ft_low_rank_up", *types)(*common(y_NI.dtype), *args))
+    args = (factor, h_TR.data_ptr(), scaling, y_TI.data_ptr())
+    check(function("gptoss_ft_low_rank_up", *types)(*common(y_TI.dtype), *args))
 
 
 def low_rank_gradient_(
     d_factor_ERI: Tensor,
-    h_NR: Tensor,
-    x_NI: Tensor,
+    h_TR: Tensor,
+    x_TI: Tensor,
     scaling: float,
     ends_E: Sequence[int],
     experts: Collection[int] | None = None,
@@ -141,18 +141,18 @@ def low_rank_gradient_(
     """
     if d_factor_ERI.stride(2) != 1:
         raise ValueError("the columns of d_factor must be contiguous, to be written in place")
-    h_NR, x_NI = h_NR.float().contiguous(), x_NI.contiguous()
-    factor = _factor(d_factor_ERI, h_NR, x_NI, ends_E, experts)
+    h_TR, x_TI = h_TR.float().contiguous(), x_TI.contiguous()
+    factor = _factor(d_factor_ERI, h_TR, x_TI, ends_E, experts)
     # isa, threads, dtype, factor, h, x, scaling
     types = (INT, INT, INT, ctypes.POINTER(_Factor), POINTER, POINTER, ctypes.c_float)
-    args = (factor, h_NR.data_ptr(), x_NI.data_ptr(), scaling)
-    check(function("gptoss_ft_low_rank_gradient", *types)(*common(x_NI.dtype), *args))
+    args = (factor, h_TR.data_ptr(), x_TI.data_ptr(), scaling)
+    check(function("gptoss_ft_low_rank_gradient", *types)(*common(x_TI.dtype), *args))
 
 
-def _swiglu(gate_up_NC: Tensor, alpha: float, limit: float) -> tuple[_SwiGLU, Tensor]:
-    if gate_up_NC.ndim != 2 or gate_up_NC.shape[1] % 2:
-        raise ValueError(f"gate_up {tuple(gate_up_NC.shape)} must be [N, 2·I]")
-    return _SwiGLU(gate_up_NC.shape[0], gate_up_NC.shape[1] // 2, alpha, limit), gate_up_NC.contiguous()
+def _swiglu(gate_up_T2I: Tensor, alpha: float, limit: float) -> tuple[_SwiGLU, Tensor]:
+    if gate_up_T2I.ndim != 2 or gate_up_T2I.shape[1] % 2:
+        raise ValueError(f"gate_up {tuple(gate_up_T2I.shape)} must be [T, 2·I]")
+    return _SwiGLU(gate_up_T2I.shape[0], gate_up_T2I.shape[1] // 2, alpha, limit), gate_up_T2I.contiguous()
 
 
 def _columns_contiguous(factor_ERI: Tensor) -> Tensor:
@@ -160,14 +160,14 @@ def _columns_contiguous(factor_ERI: Tensor) -> Tensor:
 
 
 def _factor(
-    factor_ERI: Tensor, h_NR: Tensor, x_NI: Tensor, ends_E: Sequence[int], experts: Collection[int] | None
+    factor_ERI: Tensor, h_TR: Tensor, x_TI: Tensor, ends_E: Sequence[int], experts: Collection[int] | None
 ) -> _Factor:
     E, R, I = factor_ERI.shape
-    N = x_NI.shape[0]
-    if h_NR.shape != (N, R) or x_NI.shape != (N, I):
-        raise ValueError(f"h {tuple(h_NR.shape)}, rows {tuple(x_NI.shape)} and factor {(E, R, I)} do not fit together")
-    if len(ends_E) != E or list(ends_E) != sorted(ends_E) or min(ends_E) < 0 or max(ends_E) != N:
-        raise ValueError(f"ends_E must be {E} numbers that rise to {N}, not {list(ends_E)}")
+    T = x_TI.shape[0]
+    if h_TR.shape != (T, R) or x_TI.shape != (T, I):
+        raise ValueError(f"h {tuple(h_TR.shape)}, rows {tuple(x_TI.shape)} and factor {(E, R, I)} do not fit together")
+    if len(ends_E) != E or list(ends_E) != sorted(ends_E) or min(ends_E) < 0 or max(ends_E) != T:
+        raise ValueError(f"ends_E must be {E} numbers that rise to {T}, not {list(ends_E)}")
     adapted = None if experts is None else (ctypes.c_uint8 * E)(*(e in experts for e in range(E)))
     strides = factor_ERI.stride()[:2]
     ends = (LONG * E)(*ends_E)

@@ -81,7 +81,7 @@ def expert_mixture(
     gate_up_bias_EO, down_bias_EH = gate_up_bias_EO.contiguous(), down_bias_EH.contiguous()
     out_TH = hidden_TH.new_empty(T, H)
     # isa, threads, dtype, hidden, experts, weights, T, K
-    types = (INT, INT, INT, POINTER, POINTER, POINTER, LONG, LONG)
+    types = [INT, INT, INT, POINTER, POINTER, POINTER, LONG, LONG]
     # blocks, scales and bias of gate_up and of down, the biases' dtype, E, H, I, alpha, limit, out
     types += (*(POINTER,) * 6, INT, LONG, LONG, LONG, FLOAT, FLOAT, POINTER)
     pointers = (t.data_ptr() for t in (*gate_up, gate_up_bias_EO, *down, down_bias_EH))

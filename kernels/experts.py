@@ -58,10 +58,18 @@ def expert_block(
     Raises:
         ValueError: if the biases of packed weights require a gradient.
     """
-    if _is_step_of_generation(hidden_TH, experts_TK, routing_weights_TK, gate_up, down):
-        projections = gate_up.weight, gate_up.bias_EO, down.weight, down.bias_EO
+    step = _is_step_of_generation(hidden_TH, experts_TK, routing_weights_TK, gate_up, down)
+    if step and isinstance(gate_up.weight, MXFP4Weight) and isinstance(down.weight, MXFP4Weight):
         return dispatch.expert_mixture(
-            hidden_TH, experts_TK, routing_weights_TK, *projections, alpha=alpha, limit=limit
+            hidden_TH,
+            experts_TK,
+            routing_weights_TK,
+            gate_up.weight,
+            gate_up.bias_EO,
+            down.weight,
+            down.bias_EO,
+            alpha=alpha,
+            limit=limit,
         )
     order_N, ends_E = _sort_by_expert(experts_TK, gate_up)
     constants = _Constants(ends_E, alpha, limit)
@@ -134,13 +142,14 @@ def _as_multiplied(projection: ExpertProjection, ends_E: Sequence[int]) -> Exper
     if not projection.merged:
         return projection
     (update,) = projection.low_rank
+    assert isinstance(projection.weight, MXFP4Weight)
     weight = dispatch.merge_mxfp4(projection.weight, update.A_ERI, update.B_EOR, update.scaling, ends_E, update.experts)
     return replace(projection, weight=weight)
 
 
 class _ExpertBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TH, routing_TK, order_N, constants, forms, *tensors):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden_TH, routing_TK, order_N, constants, forms, *tensors):
         ends_E, (gate_up_form, down_form), K = constants.ends_E, forms, routing_TK.shape[1]
         gate_up = _as_multiplied(_assemble(gate_up_form, tensors[: gate_up_form.num_tensors]), ends_E)
         down = _as_multiplied(_assemble(down_form, tensors[gate_up_form.num_tensors :]), ends_E)
@@ -156,7 +165,7 @@ class _ExpertBlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out_TH):  # type: ignore[no-untyped-def]
+    def backward(ctx, d_out_TH):
         (ends_E, alpha, limit), (gate_up_form, down_form) = ctx.constants, ctx.forms
         saved, needs = list(ctx.saved_tensors), list(ctx.needs_input_grad)
         hidden_TH, routing_TK, order_N, gate_up_N2I = _take(saved, 4)
@@ -214,12 +223,12 @@ def _take(items: list[Any], count: int) -> list[Any]:
 def _is_step_of_generation(
     hidden_TH: Tensor, experts_TK: Tensor, routing_TK: Tensor, gate_up: ExpertProjection, down: ExpertProjection
 ) -> bool:
-    """Whether `dispatch.expert_mixture` is to compute the block: of few tokens, on the CPU, without a gradient."""
+    """Whether `dispatch.expert_mixture` is to compute a packed block: of few tokens, on the CPU, without a gradient."""
     if hidden_TH.device.type != "cpu" or not cpu_mixture.takes_rows(experts_TK):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_TH, routing_TK, gate_up.bias_EO, down.bias_EO)):
         return False
-    return all(isinstance(p.weight, MXFP4Weight) and not p.low_rank for p in (gate_up, down))
+    return not gate_up.low_rank and not down.low_rank
 
 
 def _sort_by_expert(experts_TK: Tensor, gate_up: ExpertProjection) -> tuple[Tensor, list[int]]:
@@ -260,9 +269,9 @@ def _frozen_product_dx(dy_NO: Tensor, projection: ExpertProjection, ends_E: Sequ
     return dispatch.grouped_dense(dy_NO, projection.weight, None, ends_E)
 
 
-def _trained_product(x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence[int]) -> Tensor:
+def _trained_product(x_NI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, ends_E: Sequence[int]) -> Tensor:
     """The product with dense weights that autograd differentiates in the weights too."""
-    parts = zip(x_NI.split(_sizes(ends_E)), projection.weight.unbind(0), projection.bias_EO.unbind(0), strict=True)
+    parts = zip(x_NI.split(_sizes(ends_E)), weight_EIO.unbind(0), bias_EO.unbind(0), strict=True)
     return torch.cat([torch.addmm(bias_O, x, weight_IO) for x, weight_IO, bias_O in parts])
 
 
@@ -289,8 +298,10 @@ def _autograd_block(
     """The block for training its dense weights, composed of what torch can differentiate."""
 
     def project(x_NI: Tensor, projection: ExpertProjection) -> Tensor:
-        packed = isinstance(projection.weight, MXFP4Weight)
-        y_NO = (_frozen_product if packed else _trained_product)(x_NI, projection, ends_E)
+        if isinstance(projection.weight, MXFP4Weight):
+            y_NO = _frozen_product(x_NI, projection, ends_E)
+        else:
+            y_NO = _trained_product(x_NI, projection.weight, projection.bias_EO, ends_E)
         for lora in projection.low_rank:
             y_NO = y_NO + reference.grouped_lora(x_NI, lora.A_ERI, lora.B_EOR, lora.scaling, ends_E, lora.experts)
         return y_NO

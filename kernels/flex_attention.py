@@ -3,7 +3,7 @@
 B sequences · H query heads · K key/value heads · T queries · S keys (as many) · D head dimension
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -79,14 +79,16 @@ def _attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, sinks_H: Tensor, mas
     )
     # What is left of the softmax beside the sink. flex_attention's backward takes the gradient of lse, so autograd does
     # the rest. (A sigmoid would be the same number, but lose six times as much of the gradient of a small sink.)
-    with_sink_BHT = torch.logaddexp(aux.lse, sinks_H.to(aux.lse.dtype)[:, None])
-    share_BHT = torch.exp(aux.lse - with_sink_BHT)
+    lse_BHT = aux.lse
+    assert lse_BHT is not None
+    with_sink_BHT = torch.logaddexp(lse_BHT, sinks_H.to(lse_BHT.dtype)[:, None])
+    share_BHT = torch.exp(lse_BHT - with_sink_BHT)
     return (out_BHTD * share_BHT[..., None]).to(q_BHTD.dtype)
 
 
 @lru_cache(maxsize=16)
 def _causal_mask(length: int, window: int | None, where: torch.device) -> BlockMask:
-    return _build_mask(_sees(window), 1, length, where)
+    return _build_mask(_sees(window), (1, length), where)
 
 
 # Documents of a batch, held weakly, with their version when its masks were built, and these by window.
@@ -101,7 +103,7 @@ def _documents_mask(documents_BS: Tensor, window: int | None) -> BlockMask:
     if window not in masks:
         # A mask that held the tensor itself would keep it from ever being dropped.
         sees = and_masks(_sees(window), _same_document(documents_BS.detach()))
-        masks[window] = _build_mask(sees, *documents_BS.shape, documents_BS.device)
+        masks[window] = _build_mask(sees, documents_BS.shape, documents_BS.device)
     return masks[window]
 
 
@@ -111,22 +113,29 @@ def _tree_mask(tree: Tree, documents_BS: Tensor | None, window: int | None) -> B
     def on_branch(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < until_BS[b, key])
 
-    def near(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return depths_BS[b, query] - depths_BS[b, key] < window
+    conditions: list[MaskMod] = [on_branch]
+    if window is not None:
 
-    same = [] if documents_BS is None else [_same_document(documents_BS.detach())]
-    sees = and_masks(on_branch, *([] if window is None else [near]), *same)
-    return _build_mask(sees, *depths_BS.shape, depths_BS.device)
+        def near(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return depths_BS[b, query] - depths_BS[b, key] < window
+
+        conditions.append(near)
+    if documents_BS is not None:
+        conditions.append(_same_document(documents_BS.detach()))
+    return _build_mask(and_masks(*conditions), depths_BS.shape, depths_BS.device)
 
 
 def _sees(window: int | None) -> MaskMod:
     def causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return key <= query
 
+    if window is None:
+        return causal
+
     def sliding(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (key > query - window)
 
-    return causal if window is None else sliding
+    return sliding
 
 
 def _same_document(documents_BS: Tensor) -> MaskMod:
@@ -137,12 +146,14 @@ def _same_document(documents_BS: Tensor) -> MaskMod:
     return same
 
 
-def _build_mask(sees: MaskMod, num_sequences: int, length: int, where: torch.device) -> BlockMask:
+def _build_mask(sees: MaskMod, shape_BS: Sequence[int], where: torch.device) -> BlockMask:
+    num_sequences, length = shape_BS
     return _compiled(create_block_mask)(sees, num_sequences, None, length, length, device=where)
 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # Uncompiled, both functions hold length × length numbers; compiled, the share costs no further copy of the output.
-    # Masks, lengths known and not, and their remainders of a block multiply to more variants than torch's limit of 8.
-    return torch.compile(function, fullgraph=True, recompile_limit=64)
+    # Masks, lengths known and not, and their remainders of a block multiply to more variants than torch's limit of 8,
+    # a keyword that the overloads of torch.compile lack.
+    return torch.compile(function, fullgraph=True, recompile_limit=64)  # type: ignore[call-overload]

@@ -81,7 +81,7 @@ def merged_linear(
 
 class _MergedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TI, weight_OI, bias_O, A_RI, B_OR, scaling):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_TI, weight_OI, bias_O, A_RI, B_OR, scaling):
         merged_OI = dispatch.merge_bf16(weight_OI, A_RI, B_OR, scaling)
         ctx.save_for_backward(x_TI, merged_OI, A_RI, B_OR)
         ctx.scaling = scaling
@@ -89,7 +89,7 @@ class _MergedLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy_TO):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy_TO):
         x_TI, merged_OI, A_RI, B_OR = ctx.saved_tensors
         dy_TO, rows = dy_TO.contiguous(), [len(x_TI)]
         B_RO = B_OR.t().contiguous()
@@ -110,14 +110,14 @@ def merged_weight(weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float)
 
 class _MergedWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight_OI, A_RI, B_OR, scaling):  # type: ignore[no-untyped-def]
+    def forward(ctx, weight_OI, A_RI, B_OR, scaling):
         ctx.save_for_backward(A_RI, B_OR)
         ctx.scaling = scaling
         return dispatch.merge_bf16(weight_OI, A_RI, B_OR, scaling)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_weight_OI):  # type: ignore[no-untyped-def]
+    def backward(ctx, d_weight_OI):
         A_RI, B_OR = ctx.saved_tensors
         d_weight_OI = d_weight_OI.to(A_RI.dtype) * ctx.scaling
         return None, B_OR.t() @ d_weight_OI, d_weight_OI @ A_RI.t(), None

@@ -25,6 +25,7 @@ from gptoss_ft.export.journal import Journal, digest, remove_journals
 from gptoss_ft.export.merge import MERGE_FILE, MergeFormat, MergeReport, merge
 from gptoss_ft.export.merge_record import adapter_digest, as_table, effect_note, holds_already, merge_record
 from gptoss_ft.export.sglang_adapter import export_adapter_sglang
+from gptoss_ft.export.stored_model import Stored
 from gptoss_ft.export.verdict import CURES, fidelity_fault
 from gptoss_ft.export.verify import open_export
 from gptoss_ft.export.vllm_adapter import export_adapter_vllm, max_lora_rank
@@ -142,7 +143,7 @@ def export_run(
         if excerpts:
             _, merged = open_export(checkpoint, folder)
             fidelity = measure_fidelity(
-                checkpoint, run.adapter, deltas, merged, excerpts, merged_training=cfg.adapter.qat
+                checkpoint, run.adapter, deltas, cast(Stored, merged), excerpts, merged_training=cfg.adapter.qat
             )
             fault = fidelity_fault(fidelity.base, fidelity.exported, min_fidelity)
             print(fidelity, *filter(None, [effect_note(fidelity)]), sep="\n")

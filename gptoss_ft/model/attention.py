@@ -84,8 +84,10 @@ def attention_forward(
     """
     if attention_mask is not None and attention_mask.ndim == 3:
         trees_BS, *places = attention_mask.unbind()
-        settings = {"scaling": scaling, "window": sliding_window, "documents_BS": trees_BS, "tree": Tree(*places)}
-        return sink_attention(query, key, value, s_aux, **settings).transpose(1, 2).contiguous(), None
+        out_BHTD = sink_attention(
+            query, key, value, s_aux, scaling=scaling, window=sliding_window, documents_BS=trees_BS, tree=Tree(*places)
+        )
+        return out_BHTD.transpose(1, 2).contiguous(), None
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UserError(
             f"{ATTENTION} attention takes no mask of shape {tuple(attention_mask.shape)}: pass padding as a 2-D "

@@ -157,7 +157,7 @@ def test_mistakes_are_errors_and_never_reach_the_library():
         cpu_experts.combine(x, torch.tensor([[0, 5]]), None)
     with pytest.raises(ValueError, match=r"weights \(1, 1\) must be \(1, 2\)"):
         cpu_experts.combine(x, torch.tensor([[0, 4]]), torch.ones(1, 1))
-    with pytest.raises(ValueError, match=r"must be \[N, 2·I\]"):
+    with pytest.raises(ValueError, match=r"must be \[T, 2·I\]"):
         cpu_experts.clamped_swiglu(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=r"are not \[N, 2·I\], \[N, I\] of one dtype"):
+    with pytest.raises(ValueError, match=r"are not \[T, 2·I\], \[T, I\] of one dtype"):
         cpu_experts.weighted_swiglu_backward(torch.zeros(2, 4), torch.zeros(2, 2).bfloat16(), torch.ones(2))
