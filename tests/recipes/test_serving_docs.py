@@ -18,8 +18,6 @@ from gptoss_ft.model.load import load_base
 TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, flags=re.M | re.S))
 SERVERS = ("vLLM", "SGLang", "llama.cpp", "Ollama", "transformers", "TensorRT-LLM")
-# A folder that an export wrote, or a file in it, among the words of another command.
-GIVEN = re.compile(r"(?:\./|=|'|\"|\s)((?:merged|adapter)(?:-\w+)?(?:/\w+\.gguf)?)(?='|\"|\s|$)")
 EXPORT = re.compile(r"^    gptoss-ft export (.*)$", re.M)
 
 

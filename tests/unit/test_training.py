@@ -58,6 +58,11 @@ def test_summed_loss_equals_cross_entropy_over_all_logits(model):
     batch = collate(SAMPLES[:4])
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     truth = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    check_summed_loss(model, batch, truth)
+
+
+def check_summed_loss(model, batch, truth):
+    """`summed_loss` and its gradients are those of a loss that torch computed with the same parameters."""
     truth.backward()
     expected = gradients(model)
     model.zero_grad()
@@ -79,13 +84,7 @@ def test_weighted_loss_is_the_weighted_sum_over_all_logits(model):
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
     truth = (losses * batch["loss_weights"][:, 1:].flatten()).sum()
-    truth.backward()
-    expected = gradients(model)
-    model.zero_grad()
-    loss = summed_loss(model, model.get_base_model(), batch, chunk_size=5)
-    loss.backward()
-    torch.testing.assert_close(loss, truth)
-    assert_equal(gradients(model), expected)
+    check_summed_loss(model, batch, truth)
     assert total_weight(batch) == pytest.approx(float(batch["loss_weights"][:, 1:].sum()))
 
 
