@@ -1,34 +1,26 @@
 """Adapters on disk in PEFT's own layout: stock PEFT on a stock base loads what is written here, and the reverse."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GptOssForCausalLM
 
 from gptoss_ft.adapters.attach import ADAPTER_NAME, ROUTER, Attached, Targets, attach_config, lora_layers
 from gptoss_ft.adapters.merged import computes_merged
+from gptoss_ft.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, parse_key, read_config, read_factors
 from gptoss_ft.errors import UserError
 from gptoss_ft.files import whole_folder
 from gptoss_ft.model.experts import PROJECTIONS
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 MERGE_FIRST = """# Merge before serving
 
 This adapter was trained through the rounding of its merge (`adapter.qat=true`). Beside a base that is not rounded it is
 another model than the trained one: `gptoss-ft export run=RUN format=mxfp4 out=DIR` writes the trained one.
 """
 PARAMETERS = {ROUTER: "mlp.router.weight", **{name: f"mlp.experts.{name}" for name in PROJECTIONS}}
-_KEY = re.compile(
-    r"base_model\.model\.model\.layers\.(?P<layer>\d+)\."
-    r"(?:self_attn\.(?P<attention>[qkvo]_proj)|mlp\.(?:(?P<router>router)|experts(?P<inner>\.base_layer)?))"
-    r"\.lora_[AB]\.weight"
-)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> Path:
@@ -84,13 +76,9 @@ def load_adapter(model: GptOssForCausalLM, folder: Path | str) -> tuple[PeftMode
         UserError: if the folder is not a whole LoRA adapter of this base, naming the tensor at fault.
     """
     folder = Path(folder)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}: it is not a PEFT adapter")
+    read_config(folder)
     config = LoraConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig) or config.use_dora or config.lora_bias or config.bias != "none":
-        raise UserError(f"{folder / CONFIG_FILE}: only plain LoRA can be loaded, without DoRA and biases")
-    state = _read_state(folder)
+    state = read_factors(folder)
     targets = targets_of(state, config, num_layers=model.config.num_hidden_layers, where=folder)
     config.inference_mode = False
     config.base_model_name_or_path = model.name_or_path
@@ -102,27 +90,16 @@ def load_adapter(model: GptOssForCausalLM, folder: Path | str) -> tuple[PeftMode
 
 def restore_adapter(model: PeftModel, folder: Path) -> None:
     """Give an attached adapter the numbers saved in `folder`; the same errors as `load_adapter`."""
-    state = _read_state(folder)
+    state = read_factors(folder)
     _check_state(model, state, where=folder)
     set_peft_model_state_dict(model, state)
 
 
-def _read_state(folder: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(folder / WEIGHTS_FILE)
-    except SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS_FILE} is damaged or cut short ({error})") from error
-
-
 def targets_of(state: dict[str, Tensor], config: LoraConfig, *, num_layers: int, where: Path) -> Targets:
     """What a saved adapter adapts in a base of `num_layers`, told by its tensor names."""
-    if not state:
-        raise UserError(f"{where / WEIGHTS_FILE} holds no tensors")
     found = set()
     for key in state:
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise UserError(f"{where}: {key} is not a LoRA tensor of gpt-oss")
+        match = parse_key(where / WEIGHTS_FILE, key)
         name = match["attention"] or match["router"]
         if name is None:
             name = "gate_up_proj" if match["inner"] else _outer_projection(state, config, match["layer"])

@@ -13,10 +13,10 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from gptoss_ft.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, parse_key, read_config, read_factors
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.deltas import LowRankDelta, check_deltas, weight_shapes
 from gptoss_ft.files import whole_folder
@@ -24,28 +24,7 @@ from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.manifest import Manifest
 from gptoss_ft.model.spec import GptOssSpec
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 COPIED = (CONFIG_FILE, WEIGHTS_FILE, "README.md")
-
-KEY = re.compile(
-    r"base_model\.model\.(?P<module>model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.router|mlp\.experts))"
-    r"(?P<nested>\.base_layer)?\.lora_(?P<factor>[AB])\.weight"
-)
-
-# Settings that change what the saved factors mean, with the value that leaves them plain LoRA.
-PLAIN_LORA: dict[str, Any] = {
-    "use_dora": False,
-    "bias": "none",
-    "lora_bias": False,
-    "modules_to_save": None,
-    "fan_in_fan_out": False,
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "trainable_token_indices": None,
-}
-
-# Initialisations that take part of the base weight into the factors.
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read_adapter(folder: Path, spec: GptOssSpec) -> dict[str, LowRankDelta]:
@@ -58,7 +37,7 @@ def read_adapter(folder: Path, spec: GptOssSpec) -> dict[str, LowRankDelta]:
     """
     folder = Path(folder)
     config = read_config(folder)
-    pairs = _pair_factors(folder, load_factors(folder / WEIGHTS_FILE))
+    pairs = _pair_factors(folder, read_factors(folder))
     shapes = weight_shapes(spec)
     deltas: dict[str, LowRankDelta] = {}
     for module, (up, down) in pairs.items():
@@ -110,65 +89,17 @@ def write_as_peft(deltas: Mapping[str, LowRankDelta], folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of plain LoRA.
-
-    Raises:
-        UserError: if it, or the file of weights, is missing or damaged, or asks for more than plain LoRA.
-    """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}: give the folder of a PEFT adapter saved with safetensors")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_bytes())
-    except ValueError as error:
-        raise UserError(f"{folder / CONFIG_FILE} is not valid JSON ({error}): copy it again, or train again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG_FILE} does not hold a JSON object: save the adapter again")
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder / CONFIG_FILE}: peft_type is {config.get('peft_type')!r}; only LORA can be merged")
-    missing = [key for key in ("r", "lora_alpha") if not isinstance(config.get(key), int | float)]
-    if missing:
-        raise UserError(f"{folder / CONFIG_FILE}: {' and '.join(missing)} missing or no number")
-    if str(config.get("init_lora_weights", True)).startswith(BASE_CHANGING_INITS):
-        raise UserError(
-            f"{folder / CONFIG_FILE}: init_lora_weights={config['init_lora_weights']!r} changed the base weights, so "
-            "the factors do not fit the checkpoint: save the adapter converted to plain LoRA"
-        )
-    for key, plain in PLAIN_LORA.items():
-        if config.get(key, plain) not in (plain, None, []):
-            raise UserError(f"{folder / CONFIG_FILE}: {key}={config[key]!r} is more than plain LoRA and not supported")
-    return config
-
-
-def load_factors(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file.
-
-    Raises:
-        UserError: if the file is damaged.
-    """
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise UserError(f"{file} is truncated or damaged ({error}): copy it again, or train again") from error
-
-
 def _pair_factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """B and A by module, nested ones under `….experts.base_layer`."""
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = KEY.fullmatch(key)
-        if not match:
-            raise UserError(f"{folder / WEIGHTS_FILE}: {key} is no LoRA factor of a gpt-oss layer")
-        module = match["module"] + (match["nested"] or "")
-        factors.setdefault(module, {})[match["factor"]] = tensor
+        match = parse_key(folder / WEIGHTS_FILE, key)
+        factors.setdefault(match["module"], {})[match["factor"]] = tensor
         if tensor.dim() != 2:
             raise UserError(f"{folder / WEIGHTS_FILE}: {key} has shape {list(tensor.shape)} where a matrix is expected")
     for module, found in factors.items():
         if len(found) < 2:
             raise UserError(f"{folder / WEIGHTS_FILE}: {module} has only lora_{next(iter(found))}")
-    if not factors:
-        raise UserError(f"{folder / WEIGHTS_FILE} holds no LoRA factors")
     return {module: (found["B"], found["A"]) for module, found in factors.items()}
 
 

@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, cat, float32, stack
 from torch.nn.functional import pad
 
+from gptoss_ft.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, read_config, read_factors
 from gptoss_ft.errors import UserError
-from gptoss_ft.export.adapter import CONFIG_FILE, WEIGHTS_FILE, load_factors, read_adapter, read_config
+from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.deltas import LowRankDelta, check_deltas, weight_shapes
 from gptoss_ft.files import whole_folder
 from gptoss_ft.model.checkpoint import Checkpoint
@@ -86,7 +87,7 @@ def read_adapter_sglang(folder: Path, spec: GptOssSpec) -> dict[str, LowRankDelt
     """
     config, file = read_config(folder), folder / WEIGHTS_FILE
     factors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_factors(file).items():
+    for key, tensor in read_factors(folder).items():
         match = KEY.fullmatch(key)
         if not match:
             raise UserError(f"{file}: {key} is no tensor that SGLang takes for gpt-oss: export again")

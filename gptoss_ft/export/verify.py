@@ -16,11 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gptoss_ft.adapters.merged import compute_merged
+from gptoss_ft.adapters.peft_files import CONFIG_FILE
 from gptoss_ft.adapters.save import load_adapter
 from gptoss_ft.config.schema import MIN_FIDELITY
 from gptoss_ft.data.sample import Sample
 from gptoss_ft.errors import UserError
-from gptoss_ft.export.adapter import CONFIG_FILE, read_adapter
+from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.distance import Distances
 from gptoss_ft.export.excerpts import Excerpt, select_positions

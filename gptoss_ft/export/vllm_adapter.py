@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from gptoss_ft.adapters.peft_files import CONFIG_FILE, read_config
 from gptoss_ft.errors import UserError
-from gptoss_ft.export.adapter import CONFIG_FILE, export_adapter, read_adapter, read_config
+from gptoss_ft.export.adapter import export_adapter, read_adapter
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.model.checkpoint import Checkpoint
 
