@@ -27,7 +27,8 @@ def whole_folder(path: Path | str, *, num_bytes: int = 0) -> Iterator[Path]:
         num_bytes: roughly how much will be written; refused at once if the disk has less.
 
     Raises:
-        UserError: if `path` exists already or cannot be written, or the disk is (or becomes) full.
+        UserError: if `path` exists already or cannot be written, if another process of this machine is writing it, or
+            the disk is (or becomes) full.
     """
     path = Path(path)
     with naming_a_bad_place(path):
@@ -46,8 +47,11 @@ def whole_folder(path: Path | str, *, num_bytes: int = 0) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     try:
+        # After ours is there: of two that start together, both may give way, but never none.
+        refuse_other_writers(path)
         with naming_a_full_disk(path):
             yield partial
+            refuse_existing(path)
             if path.exists():
                 path.rmdir()
             partial.rename(path)
@@ -109,16 +113,35 @@ def partial_of(path: Path) -> Path:
 
 def remove_abandoned(path: Path) -> None:
     """Remove the partial folders of `path` whose process has ended."""
-    for folder in path.parent.iterdir():
-        if folder.name.startswith(_partial_prefix(path)) and is_abandoned(folder):
+    for folder in _partials(path):
+        if is_abandoned(folder):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_other_writers(path: Path) -> None:
+    """Raise `UserError`, naming the process, if another one of this machine is filling a partial folder of `path`."""
+    for folder in _partials(path):
+        if folder != partial_of(path) and not is_abandoned(folder):
+            raise UserError(
+                f"{path} is being written by process {folder.name.rpartition('-')[2]} (in {folder}): wait until it has "
+                "ended, or choose another output folder"
+            )
 
 
 def is_abandoned(partial: Path) -> bool:
     """Whether the process of this machine that kept something in `partial` has ended."""
     machine, _, process = partial.name.rpartition("-")
-    is_ours = machine.endswith(f".partial-{platform.node()}")
-    return is_ours and process.isdecimal() and not psutil.pid_exists(int(process))
+    if not machine.endswith(f".partial-{platform.node()}") or not process.isdecimal():
+        return False
+    try:
+        # One that started after the last change has only got the number of the one that made it.
+        return psutil.Process(int(process)).create_time() > partial.stat().st_mtime
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return True
+
+
+def _partials(path: Path) -> list[Path]:
+    return [folder for folder in path.parent.iterdir() if folder.name.startswith(_partial_prefix(path))]
 
 
 def _partial_prefix(path: Path) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gptoss_ft import files
@@ -145,18 +146,46 @@ def test_folders_of_ended_processes_are_removed_and_no_others(tmp_path):
     with subprocess.Popen([sys.executable, "-c", UNFINISHED, str(out)], stdout=subprocess.PIPE) as writer:
         abandoned = partial_named_for(writer.pid, out)
         writer.stdout.readline()
-        with whole_folder(out):
-            assert abandoned.exists()
         writer.kill()
-    out.rmdir()
-
-    others = [partial_named_for(os.getppid(), out), partial_named_for(writer.pid, tmp_path / "other")]
+    assert abandoned.exists()
+    others = [partial_named_for(os.getppid(), tmp_path / "other"), partial_named_for(writer.pid, tmp_path / "other")]
     others.append(tmp_path / f".out.partial-another-machine-{writer.pid}")
     for folder in others:
         folder.mkdir()
     with whole_folder(out):
         assert not abandoned.exists()
     assert set(os.listdir(tmp_path)) == {"out", *(folder.name for folder in others)}
+
+
+def test_of_two_writers_the_second_gives_way_to_the_first_by_its_number(tmp_path):
+    out = tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", UNFINISHED, str(out)], stdout=subprocess.PIPE) as writer:
+        first = partial_named_for(writer.pid, out)
+        writer.stdout.readline()
+        with pytest.raises(UserError, match=f"out is being written by process {writer.pid} "), whole_folder(out):
+            pytest.fail("both write it")
+        assert os.listdir(tmp_path) == [first.name]
+        writer.kill()
+    with whole_folder(out):
+        assert not first.exists()
+
+
+def test_a_number_that_another_process_got_since_blocks_nobody(tmp_path):
+    abandoned = partial_named_for(os.getppid(), tmp_path / "out")
+    abandoned.mkdir()
+    started = psutil.Process(os.getppid()).create_time()
+    os.utime(abandoned, (started - 10, started - 10))
+    with whole_folder(tmp_path / "out"):
+        assert not abandoned.exists()
+
+
+def test_a_folder_that_came_to_be_meanwhile_stays(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="out exists already"), whole_folder(out) as folder:
+        (folder / "a").touch()
+        out.mkdir()
+        (out / "of another machine").touch()
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["of another machine"]
 
 
 def partial_named_for(pid: int, path: Path) -> Path:
