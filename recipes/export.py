@@ -161,7 +161,7 @@ def export_run(
         if fault:
             raise UserError(
                 f"{out} was not written, {fault}: {CURES[format]}; or take the files as they are from {place}, "
-                "where they were left (min_fidelity=0 writes them to their place)"
+                "where they were left (min_fidelity=0 writes them to their place)" + _of_journal(calibrate)
             )
 
     merge(
@@ -214,6 +214,13 @@ def fidelity_excerpts(cfg: TrainConfig, data: Path | None, num_tokens: int) -> l
     """What of the rows is run to measure a merged model."""
     samples = rows_to_compare(cfg.data, cfg.seed, data, otherwise=", or measure nothing: fidelity_tokens=0")
     return select_positions(samples, FIDELITY_POSITIONS, max_tokens=num_tokens)
+
+
+def _of_journal(calibrate: Calibration | None) -> str:
+    if calibrate is None or calibrate.journal is None:
+        return ""
+    folder = calibrate.journal.folder
+    return f"; the rounded experts stay in {folder} for that, until an export succeeds there or rm -r removes them"
 
 
 def rejected_path(out: Path) -> Path:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from gptoss_ft.config.schema import MIN_FIDELITY, VerifyCommand
-from gptoss_ft.export.fingerprint import check_fingerprint
+from gptoss_ft.export.merge_record import check_base_of_merge
 from gptoss_ft.export.verdict import VerifyReport
 from gptoss_ft.export.verify import verify_export
 from gptoss_ft.recipes.export import base_of, config_of, record_path
@@ -49,7 +49,7 @@ def verify_run(
     run = RunFolder(run_path)
     cfg = config_of(run)
     checkpoint = base_of(run, cfg, base)
-    check_fingerprint(run.path, checkpoint)
+    check_base_of_merge(run.path, export, checkpoint)
     report = verify_export(
         base=checkpoint.path,
         adapter=run.adapter,

@@ -13,7 +13,7 @@ from gptoss_ft.errors import UserError
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.distance import finite, quantile
 from gptoss_ft.export.fidelity import Fidelity
-from gptoss_ft.export.fingerprint import base_fingerprint
+from gptoss_ft.export.fingerprint import base_fingerprint, check_fingerprint
 from gptoss_ft.export.merge import MERGE_FILE, MergeReport
 from gptoss_ft.export.verdict import ARITHMETIC_NOISE
 from gptoss_ft.model.checkpoint import Checkpoint
@@ -32,13 +32,13 @@ def adapter_digest(deltas: Mapping[str, LowRankDelta]) -> str:
     return digest.hexdigest()
 
 
-def merged_into(base: Checkpoint) -> Merged:
-    """What a base says was merged into it; nothing of a base without merge.json.
+def merged_into(folder: Path) -> Merged:
+    """What a model's folder says was merged into it; nothing of one without merge.json.
 
     Raises:
         UserError: if its merge.json is damaged.
     """
-    file = base.path / MERGE_FILE
+    file = folder / MERGE_FILE
     if not file.is_file():
         return []
     try:
@@ -46,7 +46,7 @@ def merged_into(base: Checkpoint) -> Merged:
             {key: str(step[key]) for key in ("base", "adapter")} for step in json.loads(file.read_bytes())["merged"]
         ]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged: remove it to merge into {base.path} whatever it holds") from error
+        raise UserError(f"{file} is damaged: remove it to use {folder} whatever it holds") from error
 
 
 def calibrated_in(export: Path) -> dict[str, dict[int, str]]:
@@ -67,7 +67,24 @@ def calibrated_in(export: Path) -> dict[str, dict[int, str]]:
 
 def holds_already(base: Checkpoint, adapter: str) -> bool:
     """Whether the adapter with this digest was merged into the base before."""
-    return any(step["adapter"] == adapter for step in merged_into(base))
+    return any(step["adapter"] == adapter for step in merged_into(base.path))
+
+
+def check_base_of_merge(run: Path, export: Path, base: Checkpoint) -> None:
+    """Compare a base with the one that an export was merged into, and that with the run's.
+
+    Raises:
+        UserError: if it is another one, or not what the run trained on; that may be so where the export added the run's
+            update to a base that held it already.
+    """
+    merged = merged_into(export)
+    if merged and merged[-1]["base"] != base_fingerprint(base):
+        raise UserError(
+            f"{export} was merged into another base than {base.path} ({MERGE_FILE} says so): name that one with "
+            "base=FOLDER"
+        )
+    if not merged or not holds_already(base, merged[-1]["adapter"]):
+        check_fingerprint(run, base)
 
 
 def merge_record(base: Checkpoint, adapter: str, report: MergeReport, fidelity: Fidelity | None) -> dict[str, Any]:
@@ -77,7 +94,7 @@ def merge_record(base: Checkpoint, adapter: str, report: MergeReport, fidelity: 
         for name, tensor in content["tensors"].items():
             if name in fidelity.output_errors:
                 tensor["held_out_output_error"] = fidelity.output_errors[name].relative
-    merged = [*merged_into(base), {"base": base_fingerprint(base), "adapter": adapter}]
+    merged = [*merged_into(base.path), {"base": base_fingerprint(base), "adapter": adapter}]
     return finite({"merged": merged, **content, "fidelity": fidelity and fidelity.to_dict()})
 
 

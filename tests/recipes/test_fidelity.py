@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from gptoss_ft.adapters.save import load_adapter
 from gptoss_ft.cli import main
+from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.distance import Distances, fidelity
 from gptoss_ft.export.excerpts import select_positions
@@ -19,6 +20,7 @@ from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.manifest import check_hashes
 from gptoss_ft.recipes.export import config_of
 from gptoss_ft.recipes.samples import rows_to_compare
+from gptoss_ft.recipes.verify import verify_run
 from gptoss_ft.training.run_folder import RunFolder
 
 TOKENS = 400
@@ -170,6 +172,15 @@ def test_what_keeps_too_little_is_not_written_under_its_name(barely, tmp_path, c
     assert record(tmp_path / "unmeasured")["fidelity"] is None
 
 
+def test_a_rejected_export_says_where_its_rounding_is_kept(barely, tmp_path, capsys):
+    words = ["format=mxfp4", "rounding=calibrated", "calibration_tokens=571", "layers=[0]", "min_fidelity=0.9999"]
+    assert export(barely, tmp_path / "out", *words) == 1
+    (kept,) = tmp_path.glob(".out.rounded-*")
+    assert f"the rounded experts stay in {kept} for that" in capsys.readouterr().err
+    assert export(barely, tmp_path / "out", *words[:-1], "min_fidelity=0") == 0
+    assert not kept.exists()
+
+
 def test_a_training_without_effect_is_said_to_have_none(run, tmp_path, capsys):
     folder = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
     file = folder.adapter / "adapter_model.safetensors"
@@ -191,6 +202,10 @@ def test_a_run_is_merged_once(run, tmp_path, capsys):
     merged = record(tmp_path / "twice")["merged"]
     assert len(merged) == 2 and merged[0] == record(once)["merged"][0]
     assert merged[0]["adapter"] == merged[1]["adapter"] and merged[0]["base"] != merged[1]["base"]
+
+    assert verify_run(run.path, tmp_path / "twice", base=once, max_tokens=2).weights.outside == []
+    with pytest.raises(UserError, match=r"twice was merged into another base than .* base=FOLDER"):
+        verify_run(run.path, tmp_path / "twice", max_tokens=2)
 
     (once / "merge.json").write_text("{}")
     assert export(run, tmp_path / "third", *words) == 1
