@@ -21,7 +21,6 @@ struct alignas(64) Tables {
     uint16_t values[32];        // e2m1 times 2^125, without -0
     uint16_t scaled[256][32];   // e2m1 times each scale
     uint8_t spread[4][64];      // bit offsets: byte i of each of the two dwords of a quadword, as two words
-    uint8_t few[4][64];         // bit offsets: codes 4i to 4i + 3 of each quadword, as words
     uint8_t pair[4][64];        // byte offsets: 16 columns of two rows, [block][half]
     uint16_t interleave[2][32];  // of two rows of 32 columns, the first and the last 16
     Tables() {
@@ -33,7 +32,6 @@ struct alignas(64) Tables {
         for (int byte = 0; byte < 4; ++byte)
             for (int i = 0; i < 64; ++i)
                 spread[byte][i] = static_cast<uint8_t>((i % 8 / 4) * 32 + byte * 8 + (i % 4 / 2) * 4);
-        for (int i = 0; i < 256; ++i) few[i / 64][i % 64] = static_cast<uint8_t>((i / 64 * 4 + i % 8 / 2) * 4);
         for (int i = 0; i < 64; ++i) interleave[i / 32][i % 32] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
         for (int which = 0; which < 4; ++which)
             for (int word = 0; word < 32; ++word) {

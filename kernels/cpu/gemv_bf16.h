@@ -13,17 +13,18 @@ typedef uint32_t Words __attribute__((vector_size(64)));
 
 TARGET static inline void fetch(const uint8_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
 
-// 2^(e - 127) of four scale bytes, each in the four lanes of its block.
-TARGET static inline __m512 lanes_of_scales(uint32_t four) {
-    const Words place = {24, 24, 24, 24, 16, 16, 16, 16, 8, 8, 8, 8, 0, 0, 0, 0};
-    const Words bits = ((Words{} + four) << place) >> 1 & 0x7f800000;
+// 2^(e - 127) of the first `count` of 16 scale bytes.
+TARGET static inline __m512 floats_of_scales(const uint8_t* scales, int64_t count) {
+    const auto readable = static_cast<__mmask16>((1u << std::min<int64_t>(count, 16)) - 1);
+    const Words bits = (Words)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(readable, scales)) << 23;
     // 2^-127 is subnormal and byte 255 is NaN: both have this bit.
     return (__m512)(bits | (((Words)(bits == 0) | (Words)(bits == 0x7f800000)) & 0x00400000));
 }
 
-// Where pack_few_mxfp4 puts weight `from_code(i)` of a group: spreading takes a code of each of the eight quadwords
-// four times in a row.
-constexpr int from_code(int i) { return i % 32 / 4 * 16 + i / 32 * 4 + i % 4; }
+// Which weight of a group pack_few_mxfp4 puts at `i`: a shift brings one code of each word to where it is looked up.
+// With this and scales made 16 at a time, one core read 17 GB/s, instead of 13.6 with a multishift of quadwords and the
+// scales of each group by themselves.
+constexpr int from_code(int i) { return i % 32 * 4 + i / 32; }
 
 // Inputs in the order of the decoded weights, each row padded with zeros to whole groups.
 TARGET void pack_few_mxfp4(const void* x, int64_t stride, int64_t rows, int64_t depth, void* packed) {
@@ -37,34 +38,30 @@ TARGET void pack_few_mxfp4(const void* x, int64_t stride, int64_t rows, int64_t 
         }
 }
 
-// total[i] += four blocks of weights * row i of x, block b in lanes 4b to 4b + 3.
+// total[i] += four blocks of weights * row i of x. Block b is in lanes 4b to 4b + 3, and so is its scale.
 template <int ROWS>
-TARGET static inline void add_group(__m512i codes, uint32_t scales, const uint16_t* x, int64_t stride,
-                                    const __m512i (&spread)[4], __m512i values, __m512 (&total)[ROWS]) {
+TARGET static inline void add_group(__m512i codes, __m512 scale, const uint16_t* x, int64_t stride, __m512i values,
+                                    __m512 (&total)[ROWS]) {
     __m512 sum[ROWS];
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; ++i) sum[i] = _mm512_setzero_ps();
 #pragma GCC unroll 4
     for (int part = 0; part < 4; ++part) {
-        const __m512i index = _mm512_multishift_epi64_epi8(spread[part], codes);
-        const auto weights = (__m512bh)_mm512_permutexvar_epi16(index, values);
+        const auto weights = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * part), values);
 #pragma GCC unroll 4
         for (int i = 0; i < ROWS; ++i) {
             const auto inputs = (__m512bh)_mm512_loadu_si512(x + i * stride + part * kBlock);
             sum[i] = _mm512_dpbf16_ps(sum[i], weights, inputs);
         }
     }
-    const __m512 scale = lanes_of_scales(scales);
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; ++i) total[i] = total[i] + sum[i] * scale;
 }
 
 template <int ROWS>
 TARGET static void few_mxfp4(const uint16_t* x, const Weight& w, int64_t row, float* c) {
-    const Tables& t = tables();
-    const __m512i values = _mm512_load_si512(t.scaled[127]);
-    const __m512i spread[4] = {_mm512_load_si512(t.few[0]), _mm512_load_si512(t.few[1]), _mm512_load_si512(t.few[2]),
-                               _mm512_load_si512(t.few[3])};
+    const __m512i values = _mm512_load_si512(tables().scaled[127]);
+    const __m512i block = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
     const int64_t blocks = w.row_blocks(), stride = ceil_div(w.inputs, kGroup) * kGroup;
     for (int n = 0; n < kColumns; ++n) {
         const uint8_t *codes = w.at(row + n, 0), *scales = w.scale(row + n, 0);
@@ -72,19 +69,20 @@ TARGET static void few_mxfp4(const uint16_t* x, const Weight& w, int64_t row, fl
         __m512 total[ROWS];
 #pragma GCC unroll 4
         for (int i = 0; i < ROWS; ++i) total[i] = _mm512_setzero_ps();
-        int64_t b = 0;
-        for (; b + 4 <= blocks; b += 4) {
-            uint32_t four;
-            std::memcpy(&four, scales + b, 4);
-            fetch(codes + b * kBlockBytes + kAhead);
-            add_group(_mm512_loadu_si512(codes + b * kBlockBytes), four, x + b * kBlock, stride, spread, values, total);
-        }
-        if (b < blocks) {
-            uint32_t some = 0;
-            std::memcpy(&some, scales + b, blocks - b);
-            const auto readable = static_cast<__mmask32>((1ull << (blocks - b) * (kBlockBytes / 2)) - 1);
-            add_group(_mm512_maskz_loadu_epi16(readable, codes + b * kBlockBytes), some, x + b * kBlock, stride, spread,
-                      values, total);
+        for (int64_t first = 0; first < blocks; first += 16) {
+            const __m512 scale = floats_of_scales(scales + first, blocks - first);
+#pragma GCC unroll 4
+            for (int group = 0; group < 4; ++group) {
+                const int64_t b = first + 4 * group, left = blocks - b;
+                if (left <= 0) break;
+                const __m512 own = _mm512_permutexvar_ps(block + _mm512_set1_epi32(4 * group), scale);
+                fetch(codes + b * kBlockBytes + kAhead);
+                const int64_t words = std::min<int64_t>(left, 4) * (kBlockBytes / 2);
+                const auto readable = static_cast<__mmask32>((1ull << words) - 1);
+                const __m512i some = left >= 4 ? _mm512_loadu_si512(codes + b * kBlockBytes)
+                                               : _mm512_maskz_loadu_epi16(readable, codes + b * kBlockBytes);
+                add_group(some, own, x + b * kBlock, stride, values, total);
+            }
         }
 #pragma GCC unroll 4
         for (int i = 0; i < ROWS; ++i) c[i * kColumns + n] = _mm512_reduce_add_ps(total[i]);
