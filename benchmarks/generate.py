@@ -4,18 +4,23 @@
 
 A random checkpoint of gpt-oss-20b's dimensions with the given number of layers (24 is the whole model: 14 GB twice, as
 safetensors and as GGUF). Ours is `load_base` with packed experts and transformers' `generate`; llama.cpp has its
-default options. Both have the same prompt and number of threads, and one is closed before the other is opened: the
-whole model need fit into memory only once. The first token, which the prompt is read for, is timed apart.
+default options. Both have the same prompt and number of threads. Each side runs in a process of its own, one after the
+other, because the whole model need fit into memory only once: it reads its file into the page cache, generates once to
+warm up, and then round by round. The first token, which the prompt is read for, is timed apart.
 
 Speed is by the clock, so the machine must be quiet: threads of both programs spin while they wait, which leaves no
-meaning to processor time.
+meaning to processor time. Major faults of the timed rounds are shown; with more than a few, pages of the file were
+taken away and read again, and what was measured is the disk.
 """
 
 import argparse
 import json
 import logging
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -82,18 +87,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the checkpoints here, and use those that are here already")
     parser.add_argument("--profile", action="store_true", help="show where our time goes, by operation")
     parser.add_argument("--json", action="store_true", help="print one line of JSON last")
+    parser.add_argument("--side", choices=SIDES, help="measure this side only, in this process")
+    parser.add_argument("--model", type=Path, help="what --side is to load")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.side:
+        print(json.dumps(measure(args)))
+        return
     with tempfile.TemporaryDirectory() as temporary:
         base, gguf = checkpoints(args.folder or Path(temporary), args.layers)
         print(f"{len(prompt_ids())} tokens of prompt, {args.tokens} generated, {args.threads} threads")
-        with ours(base) as generate:
-            mine = measure("gptoss-ft", generate, args.tokens, args.rounds)
-            if args.profile:
-                show_profile(generate, args.tokens)
-        del generate
-        with peer(gguf, args.threads) as generate:
-            theirs = measure("llama.cpp", generate, args.tokens, args.rounds)
+        mine, theirs = (in_process(side, model) for side, model in (("ours", base), ("llama.cpp", gguf)))
         result = {
             "prompt_s": round(mine.prompt, 3),
             "prompt_s_llama_cpp": round(theirs.prompt, 3),
@@ -115,13 +119,38 @@ def checkpoints(folder: Path, layers: int) -> tuple[Path, Path]:
     return base, gguf / MODEL_FILE
 
 
-def measure(name: str, generate: Generate, num_tokens: int, rounds: int) -> Seconds:
+def in_process(side: str, model: Path) -> Seconds:
+    """Run this file with `--side`, show what it prints and return its last line."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--model", str(model)]
+    *shown, last = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    print(*shown, sep="\n", flush=True)
+    return Seconds(*json.loads(last))
+
+
+def measure(args: argparse.Namespace) -> Seconds:
     """Medians over rounds, printed and returned."""
-    generate(prompt_ids(), 2)
-    measured = [generate(prompt_ids(), num_tokens).seconds() for _ in range(rounds)]
-    medians = Seconds(*map(statistics.median, zip(*measured, strict=True)))
-    print(f"{name:10} {1 / medians.token:7.2f} tokens/s · prompt {medians.prompt:.2f} s", flush=True)
+    read(args.model)
+    with SIDES[args.side](args.model, args.threads) as generate:
+        generate(prompt_ids(), 2)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        measured = [generate(prompt_ids(), args.tokens).seconds() for _ in range(args.rounds)]
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults
+        medians = Seconds(*map(statistics.median, zip(*measured, strict=True)))
+        rounds = ", ".join(f"{1 / seconds.token:.2f}" for seconds in measured)
+        print(f"{args.side:10} {1 / medians.token:7.2f} tokens/s ({rounds})", end=" · ")
+        print(f"prompt {medians.prompt:.2f} s · {faults} major faults")
+        if args.profile and args.side == "ours":
+            show_profile(generate, args.tokens)
     return medians
+
+
+def read(model: Path) -> None:
+    """Bring a file, or all files of a folder, into the page cache."""
+    buffer = bytearray(2**24)
+    for path in sorted(model.iterdir()) if model.is_dir() else [model]:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
 
 def prompt_ids() -> list[int]:
@@ -130,7 +159,7 @@ def prompt_ids() -> list[int]:
 
 
 @contextmanager
-def ours(base: Path) -> Iterator[Generate]:
+def ours(base: Path, _: int) -> Iterator[Generate]:
     model = load_base(base)
     # A check of every token for the end would be timed too.
     model.generation_config.eos_token_id = None
@@ -192,6 +221,8 @@ def show_profile(generate: Generate, num_tokens: int) -> None:
     profiler.stop()
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
 
+
+SIDES = {"ours": ours, "llama.cpp": peer}
 
 if __name__ == "__main__":
     main()
