@@ -18,6 +18,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +30,7 @@ from gptoss_ft.adapters.attach import Targets, attach_adapters
 from gptoss_ft.adapters.save import load_adapter, save_adapter
 from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.calibrate import Calibration
+from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.merge import MergeFormat, merge
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
@@ -87,7 +89,7 @@ def measure(
         if num_updated is not None:
             deltas = {name: delta for name, delta in deltas.items() if int(name.split(".")[2]) < num_updated}
         start = time.perf_counter()
-        calibrate = calibration(base, adapter, num_tokens) if num_tokens else None
+        calibrate = calibration(checkpoint, adapter, deltas, num_tokens) if num_tokens else None
         try:
             print(merge(checkpoint, deltas, out, format=format, calibrate=calibrate))
             seconds = time.perf_counter() - start
@@ -103,10 +105,10 @@ def measure(
     }
 
 
-def calibration(base: Path, adapter: Path, num_tokens: int) -> Calibration:
-    model, _ = load_adapter(load_base(base), adapter)
+def calibration(base: Checkpoint, adapter: Path, deltas: Mapping[str, LowRankDelta], num_tokens: int) -> Calibration:
+    model, _ = load_adapter(load_base(base.path), adapter)
     ids = torch.randint(model.config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0))
-    return Calibration(model, [row.tolist() for row in ids.split(ROW_TOKENS)])
+    return Calibration(model, base, deltas, [row.tolist() for row in ids.split(ROW_TOKENS)])
 
 
 if __name__ == "__main__":

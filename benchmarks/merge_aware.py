@@ -24,7 +24,7 @@ from gptoss_ft.config.load import load_train_config
 from gptoss_ft.config.schema import TrainConfig
 from gptoss_ft.model.load import load_base
 from gptoss_ft.recipes import qat, sft
-from gptoss_ft.recipes.export import export_run
+from gptoss_ft.recipes.export import Calibrated, export_run
 from gptoss_ft.recipes.samples import held_out_samples
 
 CALIBRATION_TOKENS = 8192
@@ -63,7 +63,7 @@ def compare(work: Path, rate: str, steps: int, targets: list[str]) -> dict[str, 
     after, aware = config("after", "quickstart"), config("aware", "qat_tiny")
     run, aware_run = sft.main(after), qat.main(aware)
     nearest = export_run(run, "mxfp4", run / "nearest")
-    calibrated = export_run(run, "mxfp4", run / "calibrated", calibration_tokens=CALIBRATION_TOKENS)
+    calibrated = export_run(run, "mxfp4", run / "calibrated", calibrated=Calibrated(CALIBRATION_TOKENS))
     merged = export_run(aware_run, "mxfp4", aware_run / "export" / "mxfp4")
     trained, _ = load_adapter(load_base(after.model.path, dtype=torch.float32), run / "adapter")
     losses = {

@@ -26,8 +26,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gptoss_ft.export.calibrate import round_for_inputs
 from gptoss_ft.export.merged import PackedUpdate, row_workers
+from gptoss_ft.export.paired import round_paired
 from gptoss_ft.kernels.codec import quantize_mxfp4
 from gptoss_ft.kernels.dispatch import dequantize_mxfp4
 from gptoss_ft.model.spec import SPECS
@@ -128,10 +128,11 @@ def time_layer(num_experts: int, num_tokens: int, threads: int) -> dict[str, flo
             inputs_NK = (torch.randn(num_inputs, K, generator=generator) @ mixing.T).bfloat16()
             A, B = torch.randn(RANK, K, generator=generator) @ mixing.T, torch.randn(O, RANK, generator=generator)
             B *= 0.01 / math.sqrt(RANK * K)  # the base's rows have norms near 1: an update of 1 %
-            update = PackedUpdate(blocks, scales, lambda rows, A=A, B=B: B[rows] @ A)
+            bias = torch.zeros(O, dtype=torch.bfloat16)
+            update = PackedUpdate(blocks, scales, bias, lambda rows, A=A, B=B: B[rows] @ A)
             started = time.perf_counter()
             with row_workers() as pool:
-                _, _, stats = round_for_inputs(inputs_NK, update, pool, threads)
+                stats = round_paired(inputs_NK, inputs_NK, update, pool, threads).stats
             seconds[projection] += time.perf_counter() - started
             print(
                 f"{projection} {O} x {K} for {num_inputs} inputs: {time.perf_counter() - started:.1f} s, "

@@ -24,6 +24,7 @@ from gptoss_ft.export.gguf_adapter import export_adapter_gguf
 from gptoss_ft.export.journal import Journal, digest, remove_journals
 from gptoss_ft.export.merge import MERGE_FILE, MergeFormat, MergeReport, merge
 from gptoss_ft.export.merge_record import adapter_digest, as_table, effect_note, holds_already, merge_record
+from gptoss_ft.export.paired import RULES as PAIRED_RULES
 from gptoss_ft.export.sglang_adapter import export_adapter_sglang
 from gptoss_ft.export.stored_model import Stored
 from gptoss_ft.export.verdict import CURES, fidelity_fault
@@ -34,7 +35,7 @@ from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.load import load_base
 from gptoss_ft.model.manifest import add_to_manifest
 from gptoss_ft.model.spec import GptOssSpec
-from gptoss_ft.mxfp4.calibrated import RULES
+from gptoss_ft.mxfp4.calibrated import RULES as ROUNDING_RULES
 from gptoss_ft.recipes.machine import check_instruction_set
 from gptoss_ft.recipes.samples import rows_to_compare, split_samples
 from gptoss_ft.training.run_folder import RunFolder, write_json
@@ -251,13 +252,15 @@ def calibration(
             raise UserError(f"{name}={unknown}: {base.path} has {name} 0 to {total - 1}")
     refuse_existing(out)
     samples = calibration_samples(config_of(run), chosen.num_tokens)
-    journal = Journal(out, rounding_key(base, deltas, samples))
+    journal = Journal(out, rounding_key(base, deltas, samples, chosen))
     if journal.num_weights:
         print(f"going on with {journal.num_weights} expert weights that an interrupted export has rounded")
     model, _ = load_adapter(load_base(base.path), run.adapter)
     print(f"calibrating on {sum(map(len, samples))} tokens of {len(samples)} samples")
     return Calibration(
         model,
+        base,
+        deltas,
         samples,
         layers=chosen.layers,
         experts=chosen.experts,
@@ -266,9 +269,15 @@ def calibration(
     )
 
 
-def rounding_key(base: Checkpoint, deltas: Mapping[str, LowRankDelta], samples: list[list[int]]) -> str:
-    """A digest of all that decides what calibrated rounding makes of each expert."""
-    return digest([base_fingerprint(base), adapter_digest(deltas), RULES, samples])
+def rounding_key(
+    base: Checkpoint, deltas: Mapping[str, LowRankDelta], samples: list[list[int]], chosen: Calibrated
+) -> str:
+    """A digest of all that decides what calibrated rounding makes of each expert.
+
+    Which experts are chosen is part of it: those after them are rounded for what they leave.
+    """
+    places = [None if numbers is None else sorted(numbers) for numbers in (chosen.layers, chosen.experts)]
+    return digest([base_fingerprint(base), adapter_digest(deltas), ROUNDING_RULES, PAIRED_RULES, samples, places])
 
 
 def num_elements(deltas: Mapping[str, LowRankDelta], spec: GptOssSpec, chosen: Calibrated) -> int:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from gptoss_ft.adapters.save import load_adapter
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.distance import Distances, fidelity, quantile
 from gptoss_ft.export.excerpts import Excerpt
+from gptoss_ft.export.layerwise import first_states
 from gptoss_ft.export.stored_model import Stored, StoredModel, head_logits, widened
 from gptoss_ft.export.weights import expert_weight
 from gptoss_ft.model.checkpoint import Checkpoint
@@ -156,7 +156,8 @@ class _SideBySide:
         self.model, _ = load_adapter(load_base(base.path, precision=precision), adapter)
         core = self.model.get_base_model()
         self.stored = StoredModel(export, core.config)
-        trained, self.arguments = _embed(self.model, excerpts)
+        rows = [excerpt.input_ids_T for excerpt in excerpts]
+        trained, self.arguments = first_states(core, rows, torch.float32)
         self.states = _States(
             trained, list(trained), [self.stored.embed(excerpt.input_ids_T)[None] for excerpt in excerpts]
         )
@@ -260,31 +261,3 @@ def _inputs_of(layer: nn.Module, prefix: str, deltas: Mapping[str, LowRankDelta]
                     module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, -2)))
                 )
         yield inputs
-
-
-def _embed(model: PeftModel, excerpts: Sequence[Excerpt]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
-    """What the first layer is given for each excerpt, in fp32, and the other arguments of every layer."""
-    core = model.get_base_model().model
-    layers, recorders = core.layers, [_Recorder() for _ in core.layers]
-    hidden, arguments = [], []
-    # The model makes masks and positions; in place of its layers, recorders note what it would call them with.
-    core.layers = nn.ModuleList(recorders)
-    try:
-        for excerpt in excerpts:
-            core(inputs_embeds=core.embed_tokens(excerpt.input_ids_T[None]).float(), use_cache=False)
-            hidden.append(recorders[0].hidden)
-            arguments.append([recorder.arguments for recorder in recorders])
-    finally:
-        core.layers = layers
-    return hidden, arguments
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer and keeps what it is called with."""
-
-    hidden: Tensor
-    arguments: dict[str, Any]
-
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        self.hidden, self.arguments = hidden, arguments
-        return hidden

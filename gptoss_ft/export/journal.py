@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptoss_ft.export.merged import packed_digest
+from gptoss_ft.errors import UserError
+from gptoss_ft.export.merged import PackedUpdate, Rounded, packed_digest, tensor_digest
 from gptoss_ft.files import naming_a_bad_place, naming_a_full_disk, partial_of
 from gptoss_ft.mxfp4.round import UpdateStats
 
@@ -27,6 +28,8 @@ class Journal:
     """
 
     def __init__(self, out: Path, key: str) -> None:
+        if not out.name:
+            raise UserError(f"out={out} is a folder that exists: name a new one")
         self.out = out
         self.folder = out.with_name(f"{_prefix(out)}{key[:16]}")
         with naming_a_bad_place(out):
@@ -37,8 +40,8 @@ class Journal:
         """How many expert weights are in it."""
         return sum(not file.name.startswith(".") for file in self.folder.iterdir())
 
-    def read(self, name: str, expert: int, blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, UpdateStats] | None:
-        """What was noted of an expert of the stack `name`, from the base's blocks [O, G, 16] and scales [O, G]."""
+    def read(self, name: str, expert: int, update: PackedUpdate) -> Rounded | None:
+        """What was noted of an expert of the stack `name`."""
         try:
             content = zlib.decompress(self._file(name, expert).read_bytes())
         except (FileNotFoundError, zlib.error):  # a machine that lost power leaves empty files
@@ -46,24 +49,23 @@ class Journal:
         line, _, changes = content.partition(b"\n")
         head = json.loads(line)
         # Changes are from these very bytes: the key samples the base, and takes two writings of one number for equal.
-        if head.get("base") != packed_digest(blocks, scales):
+        if head.get("base") != _base_digest(update):
             return None
-        changed = torch.frombuffer(bytearray(changes), dtype=torch.uint8)
-        new_blocks = changed[: blocks.numel()].view_as(blocks) ^ blocks
-        new_scales = changed[blocks.numel() :].view_as(scales) ^ scales
-        return new_blocks, new_scales, UpdateStats(**head["stats"])
+        parts = _bytes_of(update)
+        changed = torch.frombuffer(bytearray(changes), dtype=torch.uint8).split([part.numel() for part in parts])
+        blocks, scales, bias = (part ^ change.view_as(part) for part, change in zip(parts, changed, strict=True))
+        return Rounded(blocks, scales, bias.view(update.bias.dtype), UpdateStats(**head["stats"]))
 
-    def write(
-        self, name: str, expert: int, base: tuple[Tensor, Tensor], rounded: tuple[Tensor, Tensor, UpdateStats]
-    ) -> None:
-        """Note the blocks and scales that an expert was rounded to.
+    def write(self, name: str, expert: int, update: PackedUpdate, rounded: Rounded) -> None:
+        """Note what an expert was rounded to.
 
         Raises:
             UserError: if the disk is full.
         """
         # Most codes are the base's: what differs from them compresses well.
-        changes = b"".join((old ^ new).numpy().tobytes() for old, new in zip(base, rounded[:2], strict=True))
-        head = {"base": packed_digest(*base), "stats": vars(rounded[2])}
+        pairs = zip(_bytes_of(update), _bytes_of(rounded), strict=True)
+        changes = b"".join((old ^ new).numpy().tobytes() for old, new in pairs)
+        head = {"base": _base_digest(update), "stats": vars(rounded.stats)}
         content = json.dumps(head).encode() + b"\n" + changes
         file = self._file(name, expert)
         partial = partial_of(file)
@@ -91,6 +93,15 @@ def digest(parts: Iterable[object]) -> str:
     for part in parts:
         found.update(f"{part}\n".encode())
     return found.hexdigest()
+
+
+def _bytes_of(expert: PackedUpdate | Rounded) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks, scales and bias as bytes."""
+    return expert.blocks, expert.scales, expert.bias.view(torch.uint8)
+
+
+def _base_digest(update: PackedUpdate) -> str:
+    return packed_digest(update.blocks, update.scales) + tensor_digest(update.bias)
 
 
 def _prefix(out: Path) -> str:

@@ -13,7 +13,7 @@ from gptoss_ft.export.deltas import LowRankDelta, check_deltas
 from gptoss_ft.export.finite import check_rewritten
 from gptoss_ft.export.gguf_layout import MODEL_FILE, GgufFormat, check_representable, gguf_tensors
 from gptoss_ft.export.gguf_model import write_model
-from gptoss_ft.export.merged import Calibrate, MergedWeights, row_workers
+from gptoss_ft.export.merged import Calibrate, MergedWeights, row_workers, tensor_digest
 from gptoss_ft.files import whole_folder
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.manifest import Manifest
@@ -41,6 +41,7 @@ class MergeReport:
         num_calibrated, num_nearest: experts of packed stacks that were rounded for their inputs and to nearest.
         merged_training: training computed with the rounded weights, so that nothing is lost by rounding them.
         calibrated: `packed_digest` of the former by HF weight name and expert: no bound for single blocks holds there.
+        biases: `tensor_digest` of the experts' biases that differ from the base's, by HF name.
     """
 
     format: MergeFormat
@@ -50,6 +51,7 @@ class MergeReport:
     num_nearest: int = 0
     merged_training: bool = False
     calibrated: dict[str, dict[int, str]] = field(default_factory=dict)
+    biases: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         total = sum(self.updates.values(), UpdateStats())
@@ -65,7 +67,7 @@ class MergeReport:
         if total.output_error is not None:
             lines.append(
                 f"{self.num_calibrated} of {self.num_calibrated + self.num_nearest} trained experts rounded for their "
-                f"inputs: error {total.output_error:.1%} of the update's outputs on held-out inputs"
+                f"inputs: on held-out ones their outputs are off by {total.output_error:.1%} of what the base's are"
             )
         lost = [name for name, stats in self.updates.items() if _error(stats) > LOST]
         if lost:
@@ -87,6 +89,7 @@ class MergeReport:
                 name: {str(expert): digest for expert, digest in digests.items()}
                 for name, digests in self.calibrated.items()
             },
+            "corrected_biases": self.biases,
             "overall": _as_dict(sum(self.updates.values(), UpdateStats())),
             "tensors": {name: _as_dict(stats) for name, stats in self.updates.items()},
         }
@@ -108,9 +111,9 @@ def merge(
 ) -> MergeReport:
     """Write base + deltas to the new folder `out`.
 
-    Whatever has no update keeps its bytes where the format allows. bf16 weights are rounded to nearest; MXFP4
-    experts as `merge_mxfp4` describes, or with `calibrate` for their inputs, see `MergedWeights`. config.json is the
-    base's, with what the format needs changed. The GGUF formats are one file, `model.gguf`.
+    Whatever has no update keeps its bytes where the format allows. bf16 weights are rounded to nearest; MXFP4 experts
+    as `merge_mxfp4` describes, or with `calibrate` for their inputs, biases included, see `MergedWeights`. config.json
+    is the base's, with what the format needs changed. The GGUF formats are one file, `model.gguf`.
 
     Args:
         deltas: by HF weight name: `….self_attn.q_proj.weight`, `….mlp.router.weight`, `….mlp.experts.gate_up_proj`.
@@ -139,6 +142,7 @@ def merge(
             weights.num_nearest,
             merged_training,
             weights.calibrated,
+            {name: tensor_digest(bias) for name, bias in weights.biases.items()},
         )
         if check:
             check(folder, report)
@@ -182,7 +186,8 @@ def _write_gguf(weights: MergedWeights, folder: Path, format: GgufFormat, progre
         manifest.write(format)
     rounded = {GGMLQuantizationType.Q8_0} | ({GGMLQuantizationType.MXFP4} if base.layout == "bf16" else set())
     tensors = gguf_tensors(base.spec, format)
-    return sum(name not in weights.deltas and parts[0].type not in rounded for name, parts in tensors.items())
+    changed = weights.deltas.keys() | weights.biases.keys()
+    return sum(name not in changed and parts[0].type not in rounded for name, parts in tensors.items())
 
 
 def _config(base: Checkpoint, format: Layout) -> bytes:

@@ -5,6 +5,7 @@ It lies in the exported folder, where loaders pass over it, and in the run folde
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -49,18 +50,34 @@ def merged_into(folder: Path) -> Merged:
         raise UserError(f"{file} is damaged: remove it to use {folder} whatever it holds") from error
 
 
-def calibrated_in(export: Path) -> dict[str, dict[int, str]]:
-    """The experts of an export that were rounded for their inputs: name, number, and `packed_digest`.
+@dataclass(frozen=True)
+class Noted:
+    """What an export says that it wrote where calibration decided.
+
+    Attributes:
+        experts: `packed_digest` by HF weight name and expert.
+        biases: `tensor_digest` by HF name.
+    """
+
+    experts: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    biases: Mapping[str, str] = field(default_factory=dict)
+
+
+def calibrated_in(export: Path) -> Noted:
+    """What calibration decided in an export.
 
     Raises:
         UserError: if its merge.json is damaged.
     """
     file = export / MERGE_FILE
     if not file.is_file():
-        return {}
+        return Noted()
     try:
-        recorded = json.loads(file.read_bytes())["calibrated_experts"]
-        return {name: {int(e): str(digest) for e, digest in digests.items()} for name, digests in recorded.items()}
+        record = json.loads(file.read_bytes())
+        recorded = record["calibrated_experts"]
+        experts = {name: {int(e): str(digest) for e, digest in digests.items()} for name, digests in recorded.items()}
+        # Exports of earlier versions have none.
+        return Noted(experts, {name: str(digest) for name, digest in record.get("corrected_biases", {}).items()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged: export again") from error
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,10 +35,11 @@ COPY_ROWS = 8192
 
 @dataclass(frozen=True)
 class PackedUpdate:
-    """One expert's MXFP4 blocks [O, G, 16] and scales [O, G] in the base, and what is to be added to some rows."""
+    """One expert's MXFP4 blocks [O, G, 16], scales [O, G] and bias [O] in the base, and what to add to some rows."""
 
     blocks: Tensor
     scales: Tensor
+    bias: Tensor
     of_rows: Callable[[slice | Tensor], Tensor]
 
     def target(self, rows: slice | Tensor) -> Tensor:
@@ -46,16 +47,23 @@ class PackedUpdate:
         return dequantize_mxfp4(self.blocks[rows], self.scales[rows], torch.float32) + self.of_rows(rows)
 
 
+class Rounded(NamedTuple):
+    """What is written of an expert in place of the base's bytes, and how it compares with the update."""
+
+    blocks: Tensor
+    scales: Tensor
+    bias: Tensor
+    stats: UpdateStats
+
+
 class Calibrate(Protocol):
     """How to round experts for their inputs."""
 
-    def __call__(
-        self, name: str, expert: int, update: PackedUpdate, pool: ThreadPoolExecutor
-    ) -> tuple[Tensor, Tensor, UpdateStats] | None:
-        """Blocks, scales and how they compare with the update, of an expert of the stack with this HF weight name.
+    def __call__(self, name: str, expert: int, update: PackedUpdate, pool: ThreadPoolExecutor) -> Rounded | None:
+        """An expert of the stack with this HF weight name; None if it is to be rounded to nearest."""
 
-        None if it is to be rounded to nearest.
-        """
+    def written(self, name: str, expert: int, rounded: Rounded) -> None:
+        """Told of every expert with an update, however it was rounded, before the next one is asked for."""
 
 
 class MergedWeights:
@@ -72,6 +80,7 @@ class MergedWeights:
             also every expert stack that had to be rounded from bf16 to MXFP4.
         num_calibrated, num_nearest: experts of packed stacks that were rounded for their inputs and to nearest.
         calibrated: `packed_digest` of the former by HF weight name and expert.
+        biases: the experts' biases [E, O] that differ from the base's, by HF name.
     """
 
     def __init__(
@@ -90,13 +99,14 @@ class MergedWeights:
         self.calibrate = calibrate
         self.num_calibrated = self.num_nearest = 0
         self.calibrated: dict[str, dict[int, str]] = {}
+        self.biases: dict[str, Tensor] = {}
         self.packed = base.layout != "bf16"
         self.updates: dict[str, UpdateStats] = {}
 
     def is_copied(self, name: str) -> bool:
-        """Whether the base holds an HF tensor as it is to be written."""
+        """Whether the base holds an HF tensor as it is written; of biases known once their experts are."""
         weight = name.removesuffix("_blocks").removesuffix("_scales")
-        return weight not in self.deltas and name in self.base.tensor_specs()
+        return weight not in self.deltas and name in self.base.tensor_specs() and name not in self.biases
 
     def entries(self, layout: Layout) -> Iterator[Entry]:
         """Every tensor of a checkpoint in `layout`, ready for `write_shards`."""
@@ -107,7 +117,9 @@ class MergedWeights:
             return
         for name, tensor in self.base.spec.tensors(layout).items():
             weight = name.removesuffix("_blocks")
-            if self.is_copied(name):
+            if self.calibrate and name.endswith("_bias"):
+                yield name, tensor, partial(self.linear, name)
+            elif self.is_copied(name):
                 yield name, tensor, partial(self.base.copy, name)
             elif name.endswith("_blocks"):
                 # Both come from one rounding; the scales, a 16th of the blocks, wait in memory for their turn.
@@ -118,7 +130,13 @@ class MergedWeights:
                 yield name, tensor, partial(self._bf16_experts if len(tensor.shape) == 3 else self.linear, name)
 
     def linear(self, name: str) -> Iterator[Tensor]:
-        """A tensor outside the expert stacks, bf16: with an update it is one piece, without pieces of some rows."""
+        """A tensor outside the expert stacks, bf16: with an update it is one piece, without pieces of some rows.
+
+        The biases of experts are known when these have been asked for.
+        """
+        if name in self.biases:
+            yield self.biases[name]
+            return
         delta = self.deltas.get(name)
         if delta is None:
             num_rows = self.base.tensor_specs()[name].shape[0]
@@ -191,15 +209,23 @@ class MergedWeights:
         factors: tuple[Tensor, Tensor],
         scaling: float,
     ) -> tuple[Tensor, Tensor]:
-        update = PackedUpdate(blocks, scales, partial(_rows_of_update, factors, scaling))
-        calibrated = self.calibrate(name, expert, update, self.pool) if self.calibrate else None
-        self.num_calibrated += calibrated is not None
-        self.num_nearest += calibrated is None
-        if calibrated:
-            new_blocks, new_scales, stats = calibrated
-            self._note(name, [stats])
-            self.calibrated.setdefault(name, {})[expert] = packed_digest(new_blocks, new_scales)
-            return new_blocks, new_scales
+        bias = self.base.read(f"{name}_bias", expert, expert + 1)[0]
+        update = PackedUpdate(blocks, scales, bias, partial(_rows_of_update, factors, scaling))
+        rounded = self.calibrate(name, expert, update, self.pool) if self.calibrate else None
+        if rounded:
+            self.num_calibrated += 1
+            self.calibrated.setdefault(name, {})[expert] = packed_digest(rounded.blocks, rounded.scales)
+            self._note_bias(f"{name}_bias", expert, rounded.bias)
+        else:
+            self.num_nearest += 1
+            rounded = self._to_nearest(update, factors, scaling)
+        self._note(name, [rounded.stats])
+        if self.calibrate:
+            self.calibrate.written(name, expert, rounded)
+        return rounded.blocks, rounded.scales
+
+    def _to_nearest(self, update: PackedUpdate, factors: tuple[Tensor, Tensor], scaling: float) -> Rounded:
+        blocks, scales = update.blocks.clone(), update.scales.clone()
 
         def add(rows: slice) -> UpdateStats:
             base, target = dequantize_mxfp4(blocks[rows], scales[rows], torch.float32), update.target(rows)
@@ -207,8 +233,16 @@ class MergedWeights:
             (blocks[rows],), (scales[rows],) = merge_mxfp4(packed, factors[1][None], factors[0][None, rows], scaling)
             return measure_update(base, target, dequantize_mxfp4(blocks[rows], scales[rows], torch.float32))
 
-        self._over_rows(name, blocks.shape[0], add)
-        return blocks, scales
+        stats = sum(self.pool.map(add, row_chunks(len(blocks))), UpdateStats())
+        return Rounded(blocks, scales, update.bias, stats)
+
+    def _note_bias(self, name: str, expert: int, bias: Tensor) -> None:
+        if name not in self.biases:
+            base = self.base.read(name)
+            if torch.equal(bias, base[expert]):
+                return
+            self.biases[name] = base
+        self.biases[name][expert] = bias
 
     def _round_to_mxfp4(
         self, name: str, weight: Tensor, update: Callable[[slice | Tensor], Tensor] | None
@@ -229,29 +263,14 @@ class MergedWeights:
         return blocks, scales
 
     def _over_rows(self, name: str, num_rows: int, work: Callable[[slice], UpdateStats]) -> None:
-        self._note(name, self.pool.map(work, _chunks(num_rows)))
+        self._note(name, self.pool.map(work, row_chunks(num_rows)))
 
     def _note(self, name: str, parts: Iterable[UpdateStats]) -> None:
         self.updates[name] = sum(parts, self.updates.get(name, UpdateStats()))
 
 
-def over_rows(
-    update: PackedUpdate,
-    to_grid: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, UpdateStats]],
-    pool: ThreadPoolExecutor,
-) -> tuple[Tensor, Tensor, UpdateStats]:
-    """Round an update by `to_grid`, called as `round_merged`, some rows at a time."""
-    blocks, scales = torch.empty_like(update.blocks), torch.empty_like(update.scales)
-
-    def add(rows: slice) -> UpdateStats:
-        target = update.target(rows)
-        blocks[rows], scales[rows], stats = to_grid(target, update.blocks[rows], update.scales[rows])
-        return stats
-
-    return blocks, scales, sum(pool.map(add, _chunks(len(blocks))), UpdateStats())
-
-
-def _chunks(num_rows: int) -> list[slice]:
+def row_chunks(num_rows: int) -> list[slice]:
+    """What workers take one after another."""
     return [slice(start, start + CHUNK_ROWS) for start in range(0, num_rows, CHUNK_ROWS)]
 
 
@@ -260,6 +279,11 @@ def packed_digest(blocks: Tensor, scales: Tensor) -> str:
     digest = sha256(blocks.contiguous().numpy().data)
     digest.update(scales.contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """A sha256 of a bf16 tensor's bytes."""
+    return sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def drain(waiting: deque[Tensor]) -> Iterator[Tensor]:

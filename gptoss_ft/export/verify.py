@@ -29,7 +29,7 @@ from gptoss_ft.export.gguf_adapter import read_adapter_gguf
 from gptoss_ft.export.gguf_layout import ADAPTER_FILE, MODEL_FILE
 from gptoss_ft.export.gguf_read import GgufModel
 from gptoss_ft.export.llama_cpp import LlamaCpp, open_adapter_with_llama_cpp
-from gptoss_ft.export.merge_record import calibrated_in
+from gptoss_ft.export.merge_record import Noted, calibrated_in
 from gptoss_ft.export.readers import (
     NotRun,
     Reader,
@@ -154,15 +154,17 @@ def check_weights(
     base: Checkpoint,
     adapter: Path,
     contents: Contents,
-    calibrated: Mapping[str, Mapping[int, str]],
+    noted: Noted,
     progress: bool = False,
     *,
     merged_training: bool = False,
 ) -> WeightCheck:
-    """Compare all weights, file with file; `calibrated` as for `checkpoint_distances`."""
+    """Compare all weights, file with file; `noted` is what `calibrated_in` says."""
     deltas = read_adapter(adapter, base.spec)
     distances = (
-        checkpoint_distances(base, deltas, contents, calibrated, merged_training=merged_training)
+        checkpoint_distances(
+            base, deltas, contents, noted.experts, merged_training=merged_training, biases=noted.biases
+        )
         if isinstance(contents, Checkpoint | GgufModel)
         else delta_distances(deltas, contents)
     )

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.gguf_layout import through_q8_0
 from gptoss_ft.export.gguf_read import GgufModel
-from gptoss_ft.export.merged import packed_digest
+from gptoss_ft.export.merged import packed_digest, tensor_digest
 from gptoss_ft.kernels.dispatch import dequantize_mxfp4, merge_bf16, merge_mxfp4
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 from gptoss_ft.model.checkpoint import Checkpoint
@@ -54,6 +54,7 @@ def checkpoint_distances(
     calibrated: Mapping[str, Mapping[int, str]] | None = None,
     *,
     merged_training: bool = False,
+    biases: Mapping[str, str] | None = None,
 ) -> Iterator[WeightDistance]:
     """How far every tensor of a merged model is from base + deltas, experts one by one.
 
@@ -61,6 +62,7 @@ def checkpoint_distances(
         merged_training: base + deltas is what training through the merge computed with, rounded as it was there.
         calibrated: `packed_digest` by name and expert of those that were rounded for their inputs, where a block may be
             far from its target on purpose.
+        biases: `tensor_digest` by name of experts' biases that were corrected.
     """
     rounded = export.rounded if isinstance(export, GgufModel) else set()
     for name, tensor in base.spec.tensors("bf16").items():
@@ -81,6 +83,10 @@ def checkpoint_distances(
                 else:
                     packed = (export.read(f"{name}_{part}", expert, expert + 1)[0] for part in ("blocks", "scales"))
                     yield WeightDistance(name, "calibrated", worst, expert, packed_digest(*packed) != wanted_digest)
+        elif wanted_digest := (biases or {}).get(name):
+            found_EO = export.read(name)
+            altered = tensor_digest(found_EO.bfloat16()) != wanted_digest
+            yield WeightDistance(name, "calibrated", worst_block(base.read(name), found_EO), altered=altered)
         elif merged_training and name not in rounded and delta and (factors := delta.factors()):
             target_OK = merge_bf16(base.read(name), factors[1], factors[0], delta.scaling)
             yield WeightDistance(name, "merged", worst_block(target_OK, export.read(name)))

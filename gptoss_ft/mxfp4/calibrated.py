@@ -47,8 +47,7 @@ class CalibratedRounding:
     def __init__(self, inputs_NK: Tensor, trial: tuple[Tensor, Tensor, Tensor]) -> None:
         if len(inputs_NK) < MIN_INPUTS:
             raise ValueError(f"{len(inputs_NK)} inputs are too few to calibrate on: at least {MIN_INPUTS}")
-        every = min(HELD_OUT_EVERY, len(inputs_NK) // MIN_HELD_OUT)
-        held_out = torch.arange(len(inputs_NK), device=inputs_NK.device) % every == 0
+        held_out = is_held_out(len(inputs_NK)).to(inputs_NK.device)
         fitted = inputs_NK[~held_out].float()
         self.held_out = inputs_NK[held_out].float()
 
@@ -100,6 +99,11 @@ class CalibratedRounding:
     def _output_sq(self, difference: Tensor) -> Tensor:
         """Squared norm over the held-out inputs of what each row's difference puts out: [O]."""
         return (difference @ self.held_out.T).square().sum(1)
+
+
+def is_held_out(num_inputs: int) -> Tensor:
+    """Which of so many inputs judge and are not fitted, `[N]`."""
+    return torch.arange(num_inputs) % min(HELD_OUT_EVERY, num_inputs // MIN_HELD_OUT) == 0
 
 
 def trial_rows(num_rows: int) -> Tensor:

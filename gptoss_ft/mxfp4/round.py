@@ -18,7 +18,7 @@ class UpdateStats:
 
     With base W, wanted update D and written weight W': squared norms of W, D and of the error W' - W - D, the
     product <W' - W, D>, the number of elements, and of those whose value changed. Of a calibrated rounding also the
-    squared norms of D x and (W' - W - D) x over held-out inputs x.
+    squared norms, over held-out inputs, of what is wrong with the outputs of the base's weight and of the written one.
     """
 
     base_sq: float = 0.0
@@ -55,7 +55,7 @@ class UpdateStats:
 
     @property
     def output_error(self) -> float | None:
-        """||(W' - W - D) x|| / ||D x|| over held-out inputs: 1 where the update is lost; None where none were given."""
+        """What is wrong with outputs, relative to the base's: 1 where nothing is gained; None where none were seen."""
         return (self.output_error_sq / self.output_sq) ** 0.5 if self.output_sq else None
 
     @property

@@ -27,8 +27,10 @@ from gptoss_ft.export.excerpts import select_positions
 from gptoss_ft.export.fingerprint import write_fingerprint
 from gptoss_ft.export.gguf_adapter import export_adapter_gguf
 from gptoss_ft.export.merge import merge
+from gptoss_ft.export.merge_record import Noted, calibrated_in
+from gptoss_ft.export.merged import Rounded
 from gptoss_ft.export.verdict import Reading, VerifyReport, WeightCheck
-from gptoss_ft.export.verify import verify_export
+from gptoss_ft.export.verify import check_weights, open_export, verify_export
 from gptoss_ft.export.weights import worst_block
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
@@ -275,31 +277,51 @@ def test_one_flipped_sign_in_a_copied_expert_fails(tmp_path):
     assert f"{gate_up(0)}, expert 1 is off" in report.failures[0]
 
 
-def test_calibrated_experts_are_known_by_what_was_written(wide, tmp_path):
-    """An expert whose numbers are all one: no block is near its target, and still one changed code is found."""
-    base = Checkpoint.open(wide.base)
+class OneExpert:
+    """A calibration that makes all numbers and the bias of one expert one."""
 
-    def calibrate(name, expert, *_):
+    def __call__(self, name, expert, update, _):
         if (name, expert) != (gate_up(), 2):
             return None
-        blocks, scales = (base.read(f"{name}_{part}", expert, expert + 1)[0] for part in ("blocks", "scales"))
-        return torch.full_like(blocks, 0x22), scales, UpdateStats()
+        return Rounded(torch.full_like(update.blocks, 0x22), update.scales, update.bias + 1, UpdateStats())
 
+    def written(self, *_):
+        pass
+
+
+def test_calibrated_experts_are_known_by_what_was_written(wide, tmp_path):
+    """No block is near its target, and still one changed code or bias is found."""
+    base = Checkpoint.open(wide.base)
     deltas, out = read_adapter(wide.adapter, base.spec), tmp_path / "mxfp4"
-    report = merge(base, deltas, out, format="mxfp4", calibrate=calibrate, progress=False)
+    report = merge(base, deltas, out, format="mxfp4", calibrate=OneExpert(), progress=False)
     assert list(report.calibrated) == [gate_up()] and list(report.calibrated[gate_up()]) == [2]
-    # Nothing says that these blocks are so on purpose.
-    assert [d.place for d in wide.verify(tmp_path / "mxfp4").weights.outside] == [f"{gate_up()}, expert 2"]
-    (tmp_path / "mxfp4" / "merge.json").write_text(json.dumps(report.to_dict()))
-    verified = wide.verify(tmp_path / "mxfp4")
+    bias = f"{gate_up()}_bias"
+    written, before = (checkpoint.tensor(bias) for checkpoint in (Checkpoint.open(out), base))
+    assert torch.equal(written[2], before[2] + 1) and torch.equal(written[:2], before[:2])
+    # Nothing says that these are so on purpose.
+    assert [d.place for d in wide.verify(out).weights.outside] == [f"{gate_up()}, expert 2", bias]
+    (out / "merge.json").write_text(json.dumps(report.to_dict()))
+    verified = wide.verify(out)
     assert not verified.weights.outside and verified.weights.worst["calibrated"].worst > 0.4
     assert "known by hash" in str(verified)
 
-    def change(tensors):
-        tensors[f"{gate_up()}_blocks"][2, 0, 0, 0] ^= 1
+    for number, (name, damage) in enumerate([(f"{gate_up()}_blocks", 1), (bias, 2**-6)]):
 
-    altered = wide.verify(damaged({"mxfp4": tmp_path / "mxfp4"}, "mxfp4", change, tmp_path / "damaged"))
-    assert "merge.json has another hash of what was written" in altered.failures[0]
+        def change(tensors, name=name, damage=damage):
+            flat = tensors[name][2].view(-1)
+            flat[0] = flat[0] ^ damage if name != bias else flat[0] + damage
+
+        altered = wide.verify(damaged({"mxfp4": out}, "mxfp4", change, tmp_path / f"damaged{number}"))
+        assert "merge.json has another hash of what was written" in altered.failures[0]
+
+    # The other formats hold the same.
+    for format in ("original", "gguf"):
+        again = merge(base, deltas, tmp_path / format, format=format, calibrate=OneExpert(), progress=False)
+        assert (again.calibrated, again.biases) == (report.calibrated, report.biases)
+        _, contents = open_export(base, tmp_path / format)
+        noted = calibrated_in(out)
+        assert not check_weights(base, wide.adapter, contents, noted).outside
+        assert bias in [w.place for w in check_weights(base, wide.adapter, contents, Noted(noted.experts)).outside]
 
 
 def flip_byte(file, tensor, number):

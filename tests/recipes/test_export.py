@@ -23,7 +23,7 @@ from gptoss_ft.export.fingerprint import base_fingerprint, check_fingerprint, wr
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
-from gptoss_ft.recipes.export import calibration_samples, export_run, record_path, rounding_key
+from gptoss_ft.recipes.export import Calibrated, calibration_samples, export_run, record_path, rounding_key
 from gptoss_ft.recipes.samples import split_samples
 from gptoss_ft.recipes.verify import verify_run
 from gptoss_ft.training.run_folder import RunFolder
@@ -140,7 +140,7 @@ def test_calibrated_rounding_keeps_more_of_a_trained_run(tiny_base, four_rows, t
     assert main(["train", "config=quickstart", *words]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"calibrating on \d+ tokens of [1-9] samples", printed)
-    assert "of the update's outputs on held-out inputs" in printed and "FAILED" not in printed
+    assert "of what the base's are" in printed and "FAILED" not in printed
     assert main(["export", f"run={run}", "format=mxfp4", f"out={tmp_path / 'nearest'}"]) == 0
     calibrated, nearest = (verify_run(run, out, data=four_rows) for out in (run / "export/mxfp4", tmp_path / "nearest"))
     print(calibrated, nearest)
@@ -181,13 +181,17 @@ main(["export", *sys.argv[2:]])
 def test_what_was_rounded_is_used_again_for_the_same_only(run, small_bases, tmp_path):
     folder, base = RunFolder(run).adapter, Checkpoint.open(small_bases["mxfp4"])
     deltas = read_adapter(folder, base.spec)
-    keys = [rounding_key(base, deltas, samples) for samples in ([[1, 2], [3]], [[1, 2], [3]], [[1], [2, 3]])]
+    all_of_them = Calibrated(100)
+    keys = [
+        rounding_key(base, deltas, samples, all_of_them) for samples in ([[1, 2], [3]], [[1, 2], [3]], [[1], [2, 3]])
+    ]
     other_base = init_checkpoint("tiny", tmp_path / "other", seed=1, progress=False)
-    keys.append(rounding_key(Checkpoint.open(other_base), deltas, [[1, 2], [3]]))
+    keys.append(rounding_key(Checkpoint.open(other_base), deltas, [[1, 2], [3]], all_of_them))
     config = folder / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
-    keys.append(rounding_key(base, read_adapter(folder, base.spec), [[1, 2], [3]]))
-    assert keys[0] == keys[1] and len(set(keys)) == 4
+    keys.append(rounding_key(base, read_adapter(folder, base.spec), [[1, 2], [3]], all_of_them))
+    keys.append(rounding_key(base, deltas, [[1, 2], [3]], Calibrated(100, layers=frozenset({0}))))
+    assert keys[0] == keys[1] and len(set(keys)) == 5
 
 
 @pytest.mark.parametrize(

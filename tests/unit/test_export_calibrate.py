@@ -1,20 +1,26 @@
 """Calibrated merging: the inputs that are recorded, the order they come in, and what a merge does with them."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from gptoss_ft.adapters.attach import Targets, attach_adapters
 from gptoss_ft.adapters.save import load_adapter, save_adapter
+from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import read_adapter
-from gptoss_ft.export.calibrate import Calibration, LayerwiseInputs, Progress
+from gptoss_ft.export.calibrate import Calibration, Progress
 from gptoss_ft.export.journal import Journal, digest, remove_journals
 from gptoss_ft.export.merge import merge
-from gptoss_ft.export.merged import PackedUpdate, row_workers
+from gptoss_ft.export.merged import PackedUpdate, Rounded, row_workers
+from gptoss_ft.export.streams import Streams
 from gptoss_ft.kernels.reference import clamped_swiglu, dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.experts import PROJECTIONS
 from gptoss_ft.model.load import load_base
 from gptoss_ft.mxfp4.calibrated import MIN_INPUTS
+from gptoss_ft.mxfp4.round import UpdateStats
 
 UNTRAINED = 2  # the expert that gets no update
 
@@ -52,33 +58,63 @@ def outputs(model, samples):
         return torch.cat([model(input_ids=torch.tensor([ids])).logits[0].double() for ids in samples])
 
 
-def test_the_inputs_are_those_of_a_whole_forward_pass(trained, small_bases, adapter, samples):
-    layers = trained.get_base_model().model.layers
-    layerwise = LayerwiseInputs(trained, samples)
-    assert list(trained.get_base_model().model.layers) == layerwise.layers
-    recorded = [layerwise.advance() for _ in layers]
-
-    seen = [[] for _ in layers]
-    for layer, calls in zip(layers, seen, strict=True):
-        layer.mlp.experts.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args))
-    outputs(trained, samples)
+@pytest.fixture
+def paired(small_bases, adapter):
+    """Base and updates, and what `Streams` and `Calibration` are made of beside the samples."""
     base = Checkpoint.open(small_bases["mxfp4"])
-    deltas, constants = read_adapter(adapter, base.spec), {"alpha": 1.702, "limit": 7.0}
-    for number, (inputs, calls) in enumerate(zip(recorded, seen, strict=True)):
-        hidden_TH, experts_TK = torch.cat([call[0] for call in calls]), torch.cat([call[1] for call in calls])
-        name = f"model.layers.{number}.mlp.experts.gate_up_proj"
-        dense_EOK = dequantize_mxfp4(base.tensor(f"{name}_blocks"), base.tensor(f"{name}_scales"), torch.float64)
-        dense_EOK += deltas[name].scaling * (deltas[name].B.double() @ deltas[name].A.double())
-        bias_EO = base.tensor(f"{name}_bias").double()
+    deltas = read_adapter(adapter, base.spec)
+    return base, deltas
+
+
+def test_the_inputs_are_those_of_two_whole_forward_passes(trained, paired, samples, tmp_path):
+    """Experts are written as a merge to nearest makes them; its file is then run as a whole."""
+    base, deltas = paired
+    merge(base, deltas, tmp_path / "merged", format="mxfp4", progress=False)
+    merged = load_base(tmp_path / "merged")
+    # Another bias is passed on too.
+    merged.model.layers[0].mlp.experts.down_proj_bias.data = merged.model.layers[0].mlp.experts.down_proj_bias + 0.5
+
+    streams, recorded = Streams(trained, base, deltas, samples), []
+    for layer in merged.model.layers:
+        streams.advance()
+        inputs = {"gate_up_proj": streams.inputs("gate_up_proj")}
+        for projection in PROJECTIONS:
+            parts = [getattr(layer.mlp.experts, f"{projection}_{part}") for part in ("blocks", "scales", "bias")]
+            for expert in range(base.spec.num_local_experts):
+                streams.write(projection, expert, Rounded(*(part[expert] for part in parts), UpdateStats()))
+        recorded.append({**inputs, "down_proj": streams.inputs("down_proj")})
+
+    models = {"trained": trained.get_base_model(), "merged": merged}
+    seen = {name: [[] for _ in model.model.layers] for name, model in models.items()}
+    for name, model in models.items():
+        for layer, calls in zip(model.model.layers, seen[name], strict=True):
+            layer.mlp.experts.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args))
+        outputs(model, samples)
+    for number, found in enumerate(recorded):
+        hidden = {name: torch.cat([call[0] for call in calls[number]]) for name, calls in seen.items()}
+        experts_TK = torch.cat([call[1] for call in seen["merged"][number]])
+        stack = f"model.layers.{number}.mlp.experts.gate_up_proj"
         for expert in range(base.spec.num_local_experts):
-            wanted_NH = hidden_TH[(experts_TK == expert).nonzero()[:, 0]]
-            assert torch.equal(inputs.of("gate_up_proj", expert), wanted_NH)
-            gate_up_N2I = wanted_NH.double() @ dense_EOK[expert].T + bias_EO[expert]
-            act_NI = clamped_swiglu(gate_up_N2I, **constants)
-            found_NI = inputs.of("down_proj", expert)
-            # bf16 products and their rounding.
-            assert (found_NI.double() - act_NI).norm() < 0.01 * act_NI.norm()
-            assert len(found_NI) > 0
+            chosen_N = (experts_TK == expert).nonzero()[:, 0]
+            gate_up = dict(zip(models, found["gate_up_proj"].of(expert), strict=True))
+            # Sums of all rows at once are in another order than those of a row.
+            for name in models:
+                assert (gate_up[name].double() - hidden[name][chosen_N]).norm() < 0.01 * hidden[name].double().norm()
+            assert torch.equal(gate_up["trained"], hidden["trained"][chosen_N])
+            trained_OK = dequantize_mxfp4(*packed_of(base, stack, expert), torch.float64)
+            trained_OK += deltas[stack].scaling * (deltas[stack].B[expert].double() @ deltas[stack].A[expert].double())
+            merged_OK = dequantize_mxfp4(*packed_of(Checkpoint.open(tmp_path / "merged"), stack, expert), torch.float64)
+            bias_O = base.tensor(f"{stack}_bias")[expert].double()
+            down = found["down_proj"].of(expert)
+            for x, weight_OK, act_NI in zip(gate_up.values(), (trained_OK, merged_OK), down, strict=True):
+                wanted_NI = clamped_swiglu(x.double() @ weight_OK.T + bias_O, alpha=1.702, limit=7.0)
+                # bf16 products and their rounding.
+                assert (act_NI.double() - wanted_NI).norm() < 0.01 * wanted_NI.norm()
+                assert len(act_NI) > 0
+
+
+def packed_of(checkpoint, stack, expert):
+    return [checkpoint.tensor(f"{stack}_{part}")[expert] for part in ("blocks", "scales")]
 
 
 @pytest.fixture
@@ -93,15 +129,18 @@ def ask(small_bases, adapter):
             deltas[stack],
             (base.tensor(f"{stack}_{part}")[expert] for part in ("blocks", "scales")),
         )
-        update = PackedUpdate(blocks, scales, lambda rows: delta.scaling * delta.B[expert][rows] @ delta.A[expert])
+        bias = base.tensor(f"{stack}_bias")[expert]
+        update = PackedUpdate(
+            blocks, scales, bias, lambda rows: delta.scaling * delta.B[expert][rows] @ delta.A[expert]
+        )
         with row_workers() as pool:
             return calibration(name, expert, update, pool)
 
     return ask
 
 
-def test_layers_are_asked_for_in_rising_order(trained, samples, ask):
-    calibration = Calibration(trained, samples)
+def test_layers_are_asked_for_in_rising_order(trained, paired, samples, ask):
+    calibration = Calibration(trained, *paired, samples)
     assert ask(calibration, "model.layers.1.mlp.experts.down_proj", 0) is not None
     assert ask(calibration, "model.layers.1.mlp.experts.gate_up_proj", 0) is not None
     with pytest.raises(RuntimeError, match="asked for after layer 1"):
@@ -110,36 +149,39 @@ def test_layers_are_asked_for_in_rising_order(trained, samples, ask):
         ask(calibration, "model.layers.1.self_attn.q_proj.weight", 0)
 
 
-def test_only_the_chosen_experts_are_calibrated(trained, samples, ask):
-    calibration = Calibration(trained, samples, layers={1}, experts={0, 3})
+def test_only_the_chosen_experts_are_calibrated(trained, paired, samples, ask):
+    calibration = Calibration(trained, *paired, samples, layers={1}, experts={0, 3})
     asked = [(layer, expert) for layer in range(2) for expert in range(4)]
     done = [ask(calibration, f"model.layers.{layer}.mlp.experts.down_proj", expert) for layer, expert in asked]
     assert [place for place, found in zip(asked, done, strict=True) if found] == [(1, 0), (1, 3)]
 
 
-def test_a_journal_gives_back_what_was_noted_and_nothing_else(trained, samples, ask, tmp_path):
+def test_a_journal_gives_back_what_was_noted_and_nothing_else(trained, paired, samples, ask, tmp_path):
     name = "model.layers.1.mlp.experts.gate_up_proj"
     journal = Journal(tmp_path / "out", "a" * 64)
-    blocks, scales, stats = ask(Calibration(trained, samples, journal=journal), name, 1)
+    blocks, scales, bias, stats = ask(Calibration(trained, *paired, samples, journal=journal), name, 1)
     assert journal.num_weights == 1
 
-    again = Calibration(trained, samples, journal=Journal(tmp_path / "out", "a" * 64))
-    again.layerwise = None  # nothing is run
+    again = Calibration(trained, *paired, samples, journal=Journal(tmp_path / "out", "a" * 64))
+    again.streams.inputs = None  # nothing is rounded
     found = ask(again, name, 1)
-    assert torch.equal(found[0], blocks) and torch.equal(found[1], scales) and found[2] == stats
+    assert all(map(torch.equal, found[:3], (blocks, scales, bias))) and found.stats == stats
 
     # Another base of the same key: it was written by a program that gives zeros another sign, say.
     base = trained.get_base_model().model.layers[1].mlp.experts.get_base_layer()
     base_blocks, base_scales = base.gate_up_proj_blocks[1], base.gate_up_proj_scales[1]
-    assert torch.equal(journal.read(name, 1, base_blocks, base_scales)[0], blocks)
-    assert journal.read(name, 1, base_blocks ^ 8, base_scales) is None
+    update = PackedUpdate(base_blocks, base_scales, base.gate_up_proj_bias[1], lambda rows: rows)
+    assert not torch.equal(bias, update.bias)
+    assert torch.equal(journal.read(name, 1, update).blocks, blocks)
+    assert journal.read(name, 1, replace(update, blocks=base_blocks ^ 8)) is None
+    assert journal.read(name, 1, replace(update, bias=update.bias + 1)) is None
 
     (file,) = journal.folder.iterdir()
     for broken in (b"", file.read_bytes()[:-5]):
         file.write_bytes(broken)
-        assert journal.read(name, 1, base_blocks, base_scales) is None
+        assert journal.read(name, 1, update) is None
     other = Journal(tmp_path / "out", "b" * 64)
-    assert other.num_weights == 0 and other.read(name, 1, base_blocks, base_scales) is None
+    assert other.num_weights == 0 and other.read(name, 1, update) is None
     remove_journals(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -154,13 +196,18 @@ def test_journals_of_other_folders_stay(tmp_path):
     ]
 
 
+def test_a_journal_needs_a_folder_with_a_name():
+    with pytest.raises(UserError, match=r"out=\. is a folder that exists"):
+        Journal(Path("."), "a" * 64)
+
+
 def test_the_digest_is_of_every_part():
     assert digest(["x", [1, 2]]) == digest(["x", [1, 2]])
     assert len({digest(parts) for parts in (["x", [1, 2]], ["x", [1, 3]], [[1, 2], "x"])}) == 3
 
 
 def test_the_estimate_is_that_of_the_first_expert(capsys):
-    update = PackedUpdate(torch.empty(10, 3, 16), torch.empty(10, 3), lambda rows: rows)
+    update = PackedUpdate(torch.empty(10, 3, 16), torch.empty(10, 3), torch.empty(10), lambda rows: rows)
     progress = Progress(21 * 960, num_layers=5)
     progress.seconds_per_layer = 60.0
     progress.rounded(update, 30.0)
@@ -175,7 +222,14 @@ def test_experts_that_hardly_see_anything_are_rounded_to_nearest(trained, small_
     base = Checkpoint.open(small_bases["mxfp4"])
     few = [[1, 2, 3] * ((MIN_INPUTS - 1) // 3)]
     deltas = read_adapter(adapter, base.spec)
-    report = merge(base, deltas, tmp_path / "few", format="mxfp4", calibrate=Calibration(trained, few), progress=False)
+    report = merge(
+        base,
+        deltas,
+        tmp_path / "few",
+        format="mxfp4",
+        calibrate=Calibration(trained, base, deltas, few),
+        progress=False,
+    )
     merge(base, deltas, tmp_path / "nearest", format="mxfp4", progress=False)
     assert (report.num_calibrated, report.num_nearest) == (0, 2 * 2 * 3)
     assert "held-out" not in str(report)
@@ -190,19 +244,23 @@ def test_calibrated_outputs_are_nearer_to_the_trained_model(trained, small_bases
     wanted = outputs(trained, samples)
     reports, distances = {}, {}
     for rounding in ("nearest", "calibrated"):
-        calibrate = Calibration(trained, samples) if rounding == "calibrated" else None
+        calibrate = Calibration(trained, base, deltas, samples) if rounding == "calibrated" else None
         out = tmp_path / rounding
         reports[rounding] = merge(base, deltas, out, format="mxfp4", calibrate=calibrate, progress=False)
         distances[rounding] = (outputs(load_base(out), samples) - wanted).norm()
         merged = Checkpoint.open(out)
+        biases = [name for name in base.spec.tensors() if name.endswith("_bias")]
+        changed = [name for name in biases if not torch.equal(merged.tensor(name), base.tensor(name))]
+        assert changed == (biases if rounding == "calibrated" else [])
+        assert changed == list(reports[rounding].biases)
         for layer in range(base.spec.num_hidden_layers):
-            for part in (f"{name}_{part}" for name in PROJECTIONS for part in ("blocks", "scales")):
+            for part in (f"{name}_{part}" for name in PROJECTIONS for part in ("blocks", "scales", "bias")):
                 name = f"model.layers.{layer}.mlp.experts.{part}"
                 assert torch.equal(merged.tensor(name)[UNTRAINED], base.tensor(name)[UNTRAINED])
-    assert distances["calibrated"] < 0.75 * distances["nearest"]
+    assert distances["calibrated"] < 0.6 * distances["nearest"]
     report = reports["calibrated"]
     assert (report.num_calibrated, report.num_nearest) == (2 * 2 * 3, 0)
-    assert "12 of 12 trained experts rounded for their inputs: error" in str(report)
+    assert "12 of 12 trained experts rounded for their inputs: on held-out ones" in str(report)
     assert report.to_dict()["overall"]["output_error"] < 0.6
     assert reports["nearest"].to_dict()["overall"]["output_error"] is None
     assert all(stats.output_error for stats in report.updates.values())

@@ -1,0 +1,129 @@
+"""Round an expert so that it puts out in the merged model what it puts out in the trained one.
+
+Its inputs x' in the merged model are other than x in the trained one, since the layers before it were rounded too. The
+weight Q and the bias b' that are written are to bring Q x' + b' near T x + b, T the trained weight:
+
+1. What x' tells of the outputs T (x - x') that would be missing, found by ridge regression, is added to T.
+2. The mean of what is missing then goes into the bias, so that Q is rounded for inputs without their mean.
+
+Inputs that had no part in it judge both, row by row of the weight.
+
+N inputs · M of them that judge · K columns · O out rows
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gptoss_ft.export.merged import PackedUpdate, Rounded, row_chunks, torch_threads
+from gptoss_ft.kernels.dispatch import dequantize_mxfp4
+from gptoss_ft.mxfp4.calibrated import CalibratedRounding, is_held_out, trial_rows
+from gptoss_ft.mxfp4.round import UpdateStats, measure_update
+
+# Added to the diagonal of the second moment of x', as a share of its mean; the best is taken.
+RIDGES = (1.0, 0.1, 0.01)
+# What decides a result beside the rounding itself, for those who keep results: raise the number when methods change.
+RULES = ("paired rounding 1", RIDGES)
+
+
+def round_paired(
+    trained_NK: Tensor, merged_NK: Tensor, update: PackedUpdate, pool: ThreadPoolExecutor, num_threads: int
+) -> Rounded:
+    """Round one expert for its inputs, which belong together row by row, in the trained and in the merged model."""
+    with torch_threads(num_threads):
+        rounding = PairedRounding(trained_NK, merged_NK, update)
+    blocks, scales, bias = (torch.empty_like(part) for part in (update.blocks, update.scales, update.bias))
+
+    def round_rows(rows: slice) -> UpdateStats:
+        blocks[rows], scales[rows], bias[rows], stats = rounding.round(rows)
+        return stats
+
+    return Rounded(blocks, scales, bias, sum(pool.map(round_rows, row_chunks(len(blocks))), UpdateStats()))
+
+
+class PairedRounding:
+    """Rounds rows of one expert's weight. See `round_paired`."""
+
+    def __init__(self, trained_NK: Tensor, merged_NK: Tensor, update: PackedUpdate) -> None:
+        self.update = update
+        held_out = is_held_out(len(merged_NK))
+        self.trained_MK, self.merged_MK = trained_NK[held_out].float(), merged_NK[held_out].float()
+        fitted, fitted_merged = trained_NK[~held_out].float(), merged_NK[~held_out].float()
+        self.trained_mean, self.merged_mean = fitted.mean(0), fitted_merged.mean(0)
+        self.missing_OK = _missing_outputs(
+            update.target(slice(None)),
+            (fitted - self.trained_mean, fitted_merged - self.merged_mean),
+            (self.trained_MK - self.trained_mean, self.merged_MK - self.merged_mean),
+        )
+        rows = trial_rows(len(update.blocks))
+        trial = self._wanted(update.target(rows), rows), update.blocks[rows], update.scales[rows]
+        self.rounding = CalibratedRounding(merged_NK.float() - self.merged_mean, trial)
+
+    def round(self, rows: slice) -> Rounded:
+        """Of some rows."""
+        base_blocks, base_scales, base_bias = (
+            part[rows] for part in (self.update.blocks, self.update.scales, self.update.bias)
+        )
+        target = self.update.target(rows)
+        blocks, scales, _ = self.rounding.round(self._wanted(target, rows), base_blocks, base_scales)
+        base, written = (
+            dequantize_mxfp4(*packed, torch.float32) for packed in ((base_blocks, base_scales), (blocks, scales))
+        )
+        missing = target @ self.trained_mean - written @ self.merged_mean
+        corrected = (base_bias.float() + missing).to(base_bias.dtype)
+        outputs_MO = self.trained_MK @ target.T
+        wrong_MO = outputs_MO - self.merged_MK @ written.T
+        base_cost = (outputs_MO - self.merged_MK @ base.T).square().sum(0)
+        uncorrected_cost = wrong_MO.square().sum(0)
+        corrected_cost = (wrong_MO - (corrected.float() - base_bias.float())).square().sum(0)
+        # Where neither is better than the base's row, it stays.
+        is_corrected = corrected_cost < uncorrected_cost
+        cost = torch.where(is_corrected, corrected_cost, uncorrected_cost)
+        wins = cost < base_cost
+        blocks = torch.where(wins[:, None, None], blocks, base_blocks)
+        scales = torch.where(wins[:, None], scales, base_scales)
+        bias = torch.where(wins & is_corrected, corrected, base_bias)
+        stats = measure_update(base, target, torch.where(wins[:, None], written, base))
+        output_error_sq = torch.where(wins, cost, base_cost).sum().item()
+        return Rounded(
+            blocks,
+            scales,
+            bias,
+            replace(stats, output_sq=base_cost.sum().item(), output_error_sq=output_error_sq),
+        )
+
+    def _wanted(self, target: Tensor, rows: slice | Tensor) -> Tensor:
+        return target if self.missing_OK is None else target + self.missing_OK[rows]
+
+
+def _missing_outputs(
+    target_OK: Tensor, fitted: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]
+) -> Tensor | None:
+    """A weight `[O, K]` whose outputs on x' come near T (x - x'), from pairs of x and x'; None where none is better.
+
+    By the ridge that is best on the pairs held out.
+    """
+    _, merged_NK = fitted
+    missing_NO, missing_MO = ((x - x_merged) @ target_OK.T for x, x_merged in (fitted, held_out))
+    num_inputs, num_columns = merged_NK.shape
+    # With f the inputs, fᵀ (f fᵀ + λ)⁻¹ = (fᵀ f + λ)⁻¹ fᵀ: the smaller matrix is solved for.
+    is_wide = num_columns > num_inputs
+    gram = merged_NK @ merged_NK.T if is_wide else merged_NK.T @ merged_NK
+    right = missing_NO if is_wide else merged_NK.T @ missing_NO
+    # f' fᵀ for held-out f', or f': what a solution is multiplied with to give outputs.
+    left = held_out[1] @ merged_NK.T if is_wide else held_out[1]
+    lowest, best = missing_MO.square().sum(), None
+    for ridge in RIDGES:
+        ridged = gram.clone()
+        ridged.diagonal().add_(
+            (ridge * merged_NK.square().sum() / num_columns).clamp_min(torch.finfo(torch.float32).tiny)
+        )
+        solution = torch.cholesky_solve(right, torch.linalg.cholesky(ridged))
+        cost = (missing_MO - left @ solution).square().sum()
+        if cost < lowest:
+            lowest, best = cost, solution
+    if best is None:
+        return None
+    return (merged_NK.T @ best if is_wide else best).T.contiguous()

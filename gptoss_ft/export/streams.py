@@ -1,0 +1,155 @@
+"""The trained and the merged model side by side on the same rows, a decoder layer at a time.
+
+What rounding left of one layer reaches the experts of the next ones: they are given other inputs than in the trained
+model, and are to put out on these what the trained model does.
+
+T tokens of all rows · H hidden · K experts per token · N = T·K rows sorted by expert · E experts
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from gptoss_ft.adapters.experts import ExpertsLora
+from gptoss_ft.export.deltas import LowRankDelta
+from gptoss_ft.export.layerwise import first_states
+from gptoss_ft.export.merged import Rounded
+from gptoss_ft.kernels.dispatch import merge_bf16
+from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.experts import projection_inputs
+from gptoss_ft.model.load import load_base
+
+
+@dataclass(frozen=True)
+class PairedInputs:
+    """What a projection's experts are given in both models, rows `[N, in]`, of which expert e's end at `ends_E[e]`."""
+
+    trained: Tensor
+    merged: Tensor
+    ends_E: Sequence[int]
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """One expert's inputs in the trained and in the merged model."""
+        rows = slice(self.ends_E[expert - 1] if expert else 0, self.ends_E[expert])
+        return self.trained[rows], self.merged[rows]
+
+
+class Streams:
+    """Runs both models layer by layer, so that no more than one layer's inputs exist at a time.
+
+    The merged model is the base with its attention and router merged, and with such experts as `write` says.
+
+    Args:
+        trained: on the CPU.
+        base: its base, packed.
+        deltas: its updates.
+        samples: token ids of each calibration row; they are run one at a time, so there is no padding.
+    """
+
+    def __init__(
+        self,
+        trained: PeftModel,
+        base: Checkpoint,
+        deltas: Mapping[str, LowRankDelta],
+        samples: Sequence[Sequence[int]],
+    ) -> None:
+        model = trained.get_base_model()
+        self.trained_layers, self.merged_layers = list(model.model.layers), list(load_base(base.path).model.layers)
+        self.deltas = deltas
+        self.number = -1
+        # By row: what the next layer is given, of the merged model what its experts' outputs are added to.
+        self.trained, self.arguments = first_states(model, samples, torch.bfloat16)
+        self.merged = list(self.trained)
+        self.trained_experts, self.merged_experts = _Watched(), _Watched()
+        # Parameters of the merged layer and the data of the base's that they had.
+        self.mapped: list[tuple[nn.Parameter, Tensor]] = []
+
+    def advance(self) -> None:
+        """Run the next layer, that of the merged model as far as to its experts."""
+        if self.number >= 0:
+            self._close_merged()
+        self.number += 1
+        arguments = [by_layer[self.number] for by_layer in self.arguments]
+        self.trained = self.trained_experts.run(self.trained_layers[self.number], self.trained, arguments)
+        layer = self._open_merged()
+        experts, layer.mlp.experts = layer.mlp.experts, _NoExperts()
+        self.merged = self.merged_experts.run(layer, self.merged, arguments)
+        layer.mlp.experts = experts
+
+    @torch.no_grad()
+    def inputs(self, projection: str) -> PairedInputs:
+        """What this layer's experts are given of the tokens that the merged model's router sends them.
+
+        Those of down_proj follow from what has been written of gate_up_proj.
+        """
+        hidden_TH, experts_TK, _ = self.merged_experts.joined()
+        merged, _ = projection_inputs(self.merged_layers[self.number].mlp.experts, hidden_TH, experts_TK)
+        experts, low_rank = self.trained_layers[self.number].mlp.experts, {}
+        if isinstance(experts, ExpertsLora):
+            low_rank = {lora.projection: lora.low_rank() for lora in experts.nested()}
+            experts = experts.get_base_layer()
+        trained, ends_E = projection_inputs(experts, self.trained_experts.joined()[0], experts_TK, low_rank)
+        return PairedInputs(trained[projection], merged[projection], ends_E)
+
+    def write(self, projection: str, expert: int, rounded: Rounded) -> None:
+        """What one expert of this layer is in the merged model, if not the base's."""
+        experts = self.merged_layers[self.number].mlp.experts
+        for part in ("blocks", "scales", "bias"):
+            getattr(experts, f"{projection}_{part}").data[expert] = getattr(rounded, part)
+
+    def _open_merged(self) -> nn.Module:
+        """This layer of the merged model, its updated parameters in memory of their own until `_close_merged`."""
+        layer, prefix = self.merged_layers[self.number], f"model.layers.{self.number}."
+        for name, parameter in layer.named_parameters():
+            stack = prefix + name.rpartition("_")[0]
+            delta = self.deltas.get(prefix + name) or self.deltas.get(stack)
+            if delta is None:
+                continue
+            self.mapped.append((parameter, parameter.data))
+            factors = None if stack in self.deltas else delta.factors()
+            if factors is None:
+                parameter.data = parameter.data.clone()
+            else:
+                parameter.data = merge_bf16(parameter.data, factors[1], factors[0], delta.scaling)
+        return layer
+
+    def _close_merged(self) -> None:
+        """Run this layer's experts, as they have been written."""
+        with torch.no_grad():
+            out_TH = self.merged_layers[self.number].mlp.experts(*self.merged_experts.joined())
+        sizes = [hidden.shape[1] for hidden in self.merged]
+        self.merged = [hidden + out[None] for hidden, out in zip(self.merged, out_TH.split(sizes), strict=True)]
+        for parameter, data in self.mapped:
+            parameter.data = data
+        self.mapped.clear()
+
+
+class _Watched:
+    """Runs layers and keeps what their experts are called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def run(self, layer: nn.Module, hidden: list[Tensor], arguments: list[dict[str, Any]]) -> list[Tensor]:
+        """The outputs, by row."""
+        self.calls = []
+        hook = layer.mlp.experts.register_forward_pre_hook(lambda _, args: self.calls.append(args))
+        with torch.no_grad():
+            out = [layer(row, **named) for row, named in zip(hidden, arguments, strict=True)]
+        hook.remove()
+        return out
+
+    def joined(self) -> tuple[Tensor, ...]:
+        """Hidden states `[T, H]`, experts `[T, K]` and their weights `[T, K]` of all rows."""
+        return tuple(torch.cat(parts) for parts in zip(*self.calls, strict=True))
+
+
+class _NoExperts(nn.Module):
+    """Experts that put out nothing."""
+
+    def forward(self, hidden_TH: Tensor, experts_TK: Tensor, routing_weights_TK: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_TH)

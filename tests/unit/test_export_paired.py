@@ -1,0 +1,77 @@
+"""Rounding an expert whose inputs in the merged model are other than those in the trained one."""
+
+import pytest
+import torch
+
+from gptoss_ft.export.merged import PackedUpdate, row_workers
+from gptoss_ft.export.paired import round_paired
+from gptoss_ft.kernels.codec import quantize_mxfp4
+from gptoss_ft.kernels.reference import dequantize_mxfp4
+from gptoss_ft.mxfp4.calibrated import is_held_out
+
+O, K, FRESH = 96, 128, 2000
+
+
+@pytest.fixture
+def case():
+    """An update of 5 % of a weight, and a function that draws so many inputs of it in both models."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    blocks, scales = quantize_mxfp4(normal(O, K) * K**-0.5)
+    mixing, shift = normal(K, K) * torch.arange(1, K + 1) ** -0.7, 0.05 * normal(K)
+    apart = 0.1 * normal(K, 4) @ normal(4, K) / K
+    left, right = 0.05 * normal(O, 4), normal(4, K) @ mixing / K
+    update = PackedUpdate(blocks, scales, normal(O).bfloat16(), lambda rows: left[rows] @ right)
+
+    def draw(num_inputs):
+        trained_NK = normal(num_inputs, K) @ mixing.T + normal(1, 1)
+        return trained_NK, trained_NK + trained_NK @ apart + shift
+
+    return update, draw
+
+
+def round_(update, trained_NK, merged_NK):
+    with row_workers() as pool:
+        return round_paired(trained_NK, merged_NK, update, pool, 1)
+
+
+def wrong_sq(update, rounded, trained_NK, merged_NK):
+    """Of the outputs of each row, squared, by dense arithmetic in fp64."""
+    base_OK = dequantize_mxfp4(update.blocks, update.scales, torch.float64)
+    target_OK = base_OK + update.of_rows(slice(None)).double()
+    written_OK = dequantize_mxfp4(rounded.blocks, rounded.scales, torch.float64)
+    wanted_NO = trained_NK.double() @ target_OK.T + update.bias.double()
+    return (wanted_NO - merged_NK.double() @ written_OK.T - rounded.bias.double()).square().sum(0)
+
+
+# More and fewer inputs than columns: the two forms of the regression.
+@pytest.mark.parametrize("num_inputs", [1024, 100])
+def test_what_layers_before_left_is_made_good(case, num_inputs):
+    update, draw = case
+    trained_NK, merged_NK = draw(num_inputs)
+    paired, alone = (round_(update, x, merged_NK) for x in (trained_NK, merged_NK))
+    fresh = draw(FRESH)
+    lost = [float(wrong_sq(update, rounded, *fresh).sum()) for rounded in (paired, alone)]
+    assert lost[0] < 0.5 * lost[1]
+    assert not torch.equal(paired.bias, update.bias)
+
+
+@pytest.mark.parametrize("num_inputs", [1024, 100])
+def test_no_row_is_worse_than_the_base_on_what_is_held_out(case, num_inputs):
+    update, draw = case
+    trained_NK, merged_NK = draw(num_inputs)
+    # Nothing can be told of this difference.
+    merged_NK = merged_NK + torch.randn(merged_NK.shape, generator=torch.Generator().manual_seed(1))
+    rounded = round_(update, trained_NK, merged_NK)
+    held_out = is_held_out(num_inputs)
+    pair = trained_NK[held_out], merged_NK[held_out]
+    found, before = (wrong_sq(update, weight, *pair) for weight in (rounded, update))
+    assert bool((found <= before * (1 + 1e-5)).all())
+    assert rounded.stats.output_error_sq == pytest.approx(float(found.sum()), rel=1e-4)
+    assert rounded.stats.output_sq == pytest.approx(float(before.sum()), rel=1e-4)
+    base_rows = (found > before * (1 - 1e-7)).nonzero()[:, 0]
+    for written, base in zip(rounded[:3], (update.blocks, update.scales, update.bias), strict=True):
+        assert torch.equal(written[base_rows], base[base_rows])
