@@ -148,8 +148,9 @@ class Operation(Generic[P, R]):
         self, implementation: Implementation[P, R], device: torch.device, dtype: torch.dtype
     ) -> selfcheck.Verdict:
         found = []
-        # Autograd keeps no tensor made in inference mode.
-        with torch.inference_mode(False):
+        # Autograd keeps no tensor made in inference mode, and checkpointing would recompute its layer in this check.
+        own = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
+        with torch.inference_mode(False), own:
             for size in implementation.check_sizes:
                 call = self.case.call(Draw(device, dtype), size)
                 if reason := implementation.refusal(*call.args, **call.kwargs):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from gptoss_ft.kernels import cpu_library, dispatch, reference, registry, selfcheck, verdicts
 from gptoss_ft.kernels.cases import AWKWARD, DEQUANTIZE_MXFP4, GROUPED_LINEAR, Call, Case, Draw, product_work
@@ -188,6 +189,24 @@ def test_dispatched_decode_keeps_the_shape_and_errors_of_the_reference(shape):
 
 
 # Self-checks
+
+
+@built
+def test_first_use_may_be_in_a_layer_that_is_recomputed():
+    """Without held-out rows, the first pass of a training run is one that keeps nothing for its backward pass."""
+    call = dispatch.sink_attention.case.call(Draw(CPU, torch.float32), AWKWARD)
+    query, *others = call.args
+    query.requires_grad_()
+
+    def layer(query):
+        return dispatch.sink_attention(query.tanh(), *others, **call.kwargs)
+
+    def gradient(out):
+        return torch.autograd.grad(out.square().sum(), query)[0]
+
+    recomputed = gradient(checkpoint(layer, query, use_reentrant=False))
+    assert verdicts._verdicts
+    assert torch.equal(recomputed, gradient(layer(query)))
 
 
 def raises(*arguments):
