@@ -82,6 +82,8 @@ def run_training(cfg: TrainConfig, attach: Attach) -> Path:
         train(trainer, resume_from)
         after = trainer.evaluate() if eval_set else {}
 
+    # The rest is the main process's alone; verify's reference implementation would split a model over a group.
+    state.destroy_process_group()
     if state.is_main_process:
         save_adapter(model, run.adapter)
         write_json(run.summary, summarise(trainer, run.first_evaluation(), after.get("eval_loss")))
