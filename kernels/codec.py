@@ -14,7 +14,9 @@ from gptoss_ft.kernels.reference import BLOCK_SIZE, SCALE_BIAS, SCALE_NAN, scale
 SIGN_BIT = 8
 
 
-def quantize_mxfp4(values: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_mxfp4(
+    values: Tensor, scales: Tensor | None = None, dither_GV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Round `values` [..., 32·G] to the nearest MXFP4 numbers: blocks [..., G, 16] and scales [..., G], uint8.
 
     A tie goes to the even code, what exceeds 6·scale saturates, and zeros keep their sign.
@@ -22,13 +24,16 @@ def quantize_mxfp4(values: Tensor, scales: Tensor | None = None) -> tuple[Tensor
 
     Args:
         scales: the scales to use; by default those of `even_scales`.
+        dither_GV: [..., G, 32] in [0, 1). With it numbers between two of the grid round away from zero if the share of
+            the step from the lower one, plus the dither, reaches 1; and towards zero otherwise.
     """
     values = values if values.dtype == torch.float64 else values.float()
     if scales is None:
         scales = even_scales(values)
     values_GV = _in_blocks(values)
     unit = scale_values((2 * SCALE_BIAS - scales.int()).clamp_min(0), values.dtype)
-    codes = _nearest_codes(values_GV * unit.unsqueeze(-1))
+    scaled_GV = values_GV * unit.unsqueeze(-1)
+    codes = _nearest_codes(scaled_GV) if dither_GV is None else _dithered_codes(scaled_GV, dither_GV)
     return pack_nibbles(codes), scales
 
 
@@ -75,5 +80,16 @@ def _nearest_codes(scaled: Tensor) -> Tensor:
     # round() breaks ties to even integers, here the codes; this takes a third of the time of a search.
     magnitude = scaled.abs()
     codes = torch.minimum((magnitude * 2).round_(), magnitude.round().add_(2))
-    codes = torch.minimum(codes, magnitude.mul_(0.5).round_().add_(4)).clamp_max_(SIGN_BIT - 1)
+    codes = torch.minimum(codes, magnitude.mul_(0.5).round_().add_(4))
+    return _with_signs(codes, scaled)
+
+
+def _dithered_codes(scaled: Tensor, dither: Tensor) -> Tensor:
+    magnitude = scaled.abs()
+    position = torch.minimum(torch.minimum(magnitude * 2, magnitude + 2), magnitude * 0.5 + 4)
+    return _with_signs((position + dither).floor_(), scaled)
+
+
+def _with_signs(codes: Tensor, scaled: Tensor) -> Tensor:
+    codes = codes.clamp_max_(SIGN_BIT - 1)
     return (codes.to(torch.uint8) & (SIGN_BIT - 1)) | (torch.signbit(scaled).to(torch.uint8) * SIGN_BIT)

@@ -19,6 +19,31 @@ def merge_mxfp4(
     experts: Collection[int] | None = None,
 ) -> MXFP4Weight:
     """`merging.merge_mxfp4`."""
+    return _merge(weight, A_ERI, B_EOR, scaling, ends_E, experts, dithered=False)
+
+
+def merge_mxfp4_dithered(
+    weight: MXFP4Weight,
+    A_ERI: Tensor,
+    B_EOR: Tensor,
+    scaling: float,
+    ends_E: Sequence[int] | None = None,
+    experts: Collection[int] | None = None,
+) -> MXFP4Weight:
+    """`merging.merge_mxfp4_dithered`."""
+    return _merge(weight, A_ERI, B_EOR, scaling, ends_E, experts, dithered=True)
+
+
+def _merge(
+    weight: MXFP4Weight,
+    A_ERI: Tensor,
+    B_EOR: Tensor,
+    scaling: float,
+    ends_E: Sequence[int] | None,
+    experts: Collection[int] | None,
+    *,
+    dithered: bool,
+) -> MXFP4Weight:
     merged = MXFP4Weight(*(torch.empty_like(part) for part in weight))
     used = experts_with_rows(len(A_ERI), ends_E)
     adapted = [expert for expert in used if experts is None or expert in experts]
@@ -30,13 +55,14 @@ def merge_mxfp4(
     # Of PEFT's layout, in which the expert is the fastest dimension, this is the transposition of a matrix.
     B_REO = B_EOR.permute(1, 2, 0).reshape(O, R * E).t().float().contiguous().mul(scaling)
     numbers = torch.tensor(adapted, dtype=torch.int64)
-    # isa, threads, blocks and scales of the base, A, B, expert numbers, how many of them, experts, rows, groups, rank,
-    # and the results
-    call = function("gptoss_ft_merge_mxfp4", INT, INT, *5 * (POINTER,), *5 * (LONG,), POINTER, POINTER)
+    # isa, threads, dithered, blocks and scales of the base, A, B, expert numbers, how many of them, experts, rows,
+    # groups, rank, and the results
+    call = function("gptoss_ft_merge_mxfp4", INT, INT, INT, *5 * (POINTER,), *5 * (LONG,), POINTER, POINTER)
     A_ERI = A_ERI.float().contiguous()
     operands = [tensor.data_ptr() for tensor in (*weight, A_ERI, B_REO, numbers)]
     results = [part.data_ptr() for part in merged]
-    check(call(ISAS.index(current_isa()), torch.get_num_threads(), *operands, len(adapted), E, O, G, R, *results))
+    isa, threads = ISAS.index(current_isa()), torch.get_num_threads()
+    check(call(isa, threads, int(dithered), *operands, len(adapted), E, O, G, R, *results))
     return merged
 
 

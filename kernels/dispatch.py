@@ -190,6 +190,12 @@ merge_mxfp4 = Operation(
     cases.MERGE_MXFP4,
     exact=True,
 )
+merge_mxfp4_dithered = Operation(
+    merging.merge_mxfp4_dithered,
+    _library(cpu_merging.merge_mxfp4_dithered, cpu_merging.refuses_mxfp4),
+    cases.MERGE_MXFP4,
+    exact=True,
+)
 merge_bf16 = Operation(
     merging.merge_bf16,
     _library(cpu_merging.merge_bf16, cpu_merging.refuses_bf16, (cases.ODD,)),
@@ -223,6 +229,7 @@ OPERATIONS: tuple[Operation, ...] = (
     cross_entropy,
     round_columns,
     merge_mxfp4,
+    merge_mxfp4_dithered,
     merge_bf16,
     add_sparse_product_,
 )

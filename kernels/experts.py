@@ -21,8 +21,8 @@ from gptoss_ft.kernels.reference import MXFP4Weight
 class ExpertProjection:
     """One stacked projection: frozen weights, packed or dense `[E, in, out]` as transformers keeps them.
 
-    With `merged`, products see what `merge_mxfp4` makes of the packed weights and their one update, instead of both
-    beside each other; gradients go straight through its rounding.
+    With `merged`, products see what `merge_mxfp4_dithered` makes of the packed weights and their one update, instead of
+    both beside each other; gradients go straight through its rounding.
 
     Raises:
         ValueError: if there is not one update to merge, or the weights are not packed.
@@ -143,7 +143,9 @@ def _as_multiplied(projection: ExpertProjection, ends_E: Sequence[int]) -> Exper
         return projection
     (update,) = projection.low_rank
     assert isinstance(projection.weight, MXFP4Weight)
-    weight = dispatch.merge_mxfp4(projection.weight, update.A_ERI, update.B_EOR, update.scaling, ends_E, update.experts)
+    weight = dispatch.merge_mxfp4_dithered(
+        projection.weight, update.A_ERI, update.B_EOR, update.scaling, ends_E, update.experts
+    )
     return replace(projection, weight=weight)
 
 

@@ -91,16 +91,14 @@ class _MergedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_TO):
         x_TI, merged_OI, A_RI, B_OR = ctx.saved_tensors
-        dy_TO, rows = dy_TO.contiguous(), [len(x_TI)]
-        B_RO = B_OR.t().contiguous()
+        needs_x, _, _, *needs_factors, _ = ctx.needs_input_grad
+        updates, ends = [LowRank(A_RI[None], B_OR[None], ctx.scaling)], [len(x_TI)]
+        dy_TO = dy_TO.contiguous()
+        dx_TI = dispatch.linear_dx(dy_TO, merged_OI) if needs_x else None
         # The update's own products: the gradient of the whole weight is never formed.
-        h_TR = dispatch.low_rank_down(x_TI, A_RI[None], rows)
-        dh_TR = dispatch.low_rank_down(dy_TO, B_RO[None], rows).mul_(ctx.scaling)
-        dA_RI, dB_RO = torch.empty_like(A_RI), torch.empty_like(B_RO)
-        dispatch.low_rank_gradient_(dA_RI[None], dh_TR, x_TI, 1.0, rows)
-        dispatch.low_rank_gradient_(dB_RO[None], h_TR, dy_TO, ctx.scaling, rows)
-        dx_TI = dispatch.linear_dx(dy_TO, merged_OI) if ctx.needs_input_grad[0] else None
-        return dx_TI, None, None, dA_RI, dB_RO.t(), None
+        h, dh = low_rank.inputs_by_A(x_TI, updates, ends), low_rank.backward(dy_TO, updates, None, ends)
+        dA, dB = low_rank.factor_gradients(x_TI, dy_TO, updates, h, dh, needs_factors, ends)
+        return dx_TI, None, None, None if dA is None else dA[0], None if dB is None else dB[0], None
 
 
 def merged_weight(weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:

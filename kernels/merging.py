@@ -8,7 +8,7 @@ R LoRA rank · E experts · O out rows · I in columns (32·G) · G blocks of a 
 V elements of a block (32)
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ from gptoss_ft.kernels.reference import BLOCK_SIZE, SCALE_NAN, MXFP4Weight, dequ
 
 # Rows whose fp32 temporaries exist at once: 3 MB each at 2,880 columns.
 TILE_ROWS = 256
+GOLDEN_RATIO, UINT32 = 0x9E3779B9, 0xFFFFFFFF
+
+
+# Rounds fp32 numbers [O, I] near a base: its blocks and scales, and the results.
+Round = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def merge_mxfp4(
@@ -34,6 +39,30 @@ def merge_mxfp4(
         ends_E: where the rows of each expert end; those without rows are left out and hold anything. None: all are in.
         experts: those that have an update, the others keep their bytes; None means all.
     """
+    return _merge(round_near, weight, A_ERI, B_EOR, scaling, ends_E, experts)
+
+
+def merge_mxfp4_dithered(
+    weight: MXFP4Weight,
+    A_ERI: Tensor,
+    B_EOR: Tensor,
+    scaling: float,
+    ends_E: Sequence[int] | None = None,
+    experts: Collection[int] | None = None,
+) -> MXFP4Weight:
+    """`merge_mxfp4` by `round_dithered`."""
+    return _merge(round_dithered, weight, A_ERI, B_EOR, scaling, ends_E, experts)
+
+
+def _merge(
+    round_rows: Round,
+    weight: MXFP4Weight,
+    A_ERI: Tensor,
+    B_EOR: Tensor,
+    scaling: float,
+    ends_E: Sequence[int] | None,
+    experts: Collection[int] | None,
+) -> MXFP4Weight:
     blocks_EOGB, scales_EOG = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in weight)
     for expert in experts_with_rows(len(blocks_EOGB), ends_E):
         blocks_OGB, scales_OG = weight.blocks_EOGB[expert], weight.scales_EOG[expert]
@@ -44,9 +73,8 @@ def merge_mxfp4(
             rows = slice(start, start + TILE_ROWS)
             base_OI = dequantize_mxfp4(blocks_OGB[rows], scales_OG[rows], torch.float32)
             target_OI = base_OI + low_rank_update(A_ERI[expert], B_EOR[expert, rows], scaling)
-            blocks_EOGB[expert, rows], scales_EOG[expert, rows] = round_near(
-                target_OI, blocks_OGB[rows], scales_OG[rows]
-            )
+            merged = round_rows(target_OI, blocks_OGB[rows], scales_OG[rows])
+            blocks_EOGB[expert, rows], scales_EOG[expert, rows] = merged
     return MXFP4Weight(blocks_EOGB, scales_EOG)
 
 
@@ -81,7 +109,7 @@ def round_near(target_OI: Tensor, base_blocks_OGB: Tensor, base_scales_OG: Tenso
         Blocks `[O, G, 16]` and scales `[O, G]`.
     """
     blocks, _ = quantize_mxfp4(target_OI, base_scales_OG)
-    blocks, scales = _keep_base_zeros(blocks, base_blocks_OGB), base_scales_OG.clone()
+    scales = base_scales_OG.clone()
     # Only blocks whose scale would differ are worth a second rounding: few, or none, of a base that "even" rounded.
     even = even_scales(target_OI)
     not_finite = even == SCALE_NAN
@@ -93,8 +121,37 @@ def round_near(target_OI: Tensor, base_blocks_OGB: Tensor, base_scales_OG: Tenso
     rescaled = candidates.masked_scatter(candidates, better)
     blocks[rescaled] = even_blocks[better].squeeze(-2)
     scales[rescaled] = even[rescaled]
-    blocks[not_finite], scales[not_finite] = base_blocks_OGB[not_finite], SCALE_NAN
-    return blocks, scales
+    scales[not_finite] = SCALE_NAN
+    return _keep_codes(blocks, scales, base_blocks_OGB), scales
+
+
+def round_dithered(target_OI: Tensor, base_blocks_OGB: Tensor, base_scales_OG: Tensor) -> tuple[Tensor, Tensor]:
+    """`round_near`, but between two numbers of the grid each element has a threshold of its own, see `dither_of`.
+
+    To nearest, an update below half a step changes nothing wherever it is. Here an element changes if its update
+    exceeds its share of a step, which differs from element to element and never between calls: in the mean over many
+    the update is kept, and none changes nothing. What exceeds the largest number of a block's scale is cut off all the
+    same.
+    """
+    _, scales = round_near(target_OI, base_blocks_OGB, base_scales_OG)
+    blocks, _ = quantize_mxfp4(target_OI, scales, dither_of(base_blocks_OGB))
+    return _keep_codes(blocks, scales, base_blocks_OGB), scales
+
+
+def dither_of(blocks_OGB: Tensor) -> Tensor:
+    """Multiples of 2^-16 in [0, 1) for each element of a base, `[O, G, 32]`, spread evenly over the interval.
+
+    They start somewhere in it by a hash of the block's bytes, and advance by the golden ratio from element to element.
+    So rows, experts and layers may be rounded in any portions, and nothing has to be stored or drawn.
+    """
+    shifts = torch.arange(0, 32, 8, device=blocks_OGB.device)
+    words = (blocks_OGB.long().unflatten(-1, (-1, 4)) << shifts).sum(-1)
+    start = torch.zeros_like(words[..., 0])
+    for word in words.unbind(-1):
+        start = (start ^ word) * GOLDEN_RATIO & UINT32
+        start ^= start >> 15
+    places = torch.arange(BLOCK_SIZE, device=blocks_OGB.device) * GOLDEN_RATIO
+    return ((start.unsqueeze(-1) + places & UINT32) >> 16).float() * 2**-16
 
 
 def experts_with_rows(num_experts: int, ends_E: Sequence[int] | None) -> list[int]:
@@ -114,7 +171,9 @@ def _squared_error(blocks: Tensor, scales: Tensor, wanted_NV: Tensor) -> Tensor:
     return square[:, 0]
 
 
-def _keep_base_zeros(blocks: Tensor, base_blocks: Tensor) -> Tensor:
+def _keep_codes(blocks: Tensor, scales: Tensor, base_blocks: Tensor) -> Tensor:
+    """Blocks with the base's codes where zeros stay zeros, and in blocks that are NaN by their scale."""
     codes, base_codes = unpack_nibbles(blocks), unpack_nibbles(base_blocks)
     both_zero = ((codes | base_codes) & (SIGN_BIT - 1)) == 0
-    return pack_nibbles(torch.where(both_zero, base_codes, codes))
+    kept = both_zero | (scales == SCALE_NAN).unsqueeze(-1)
+    return pack_nibbles(torch.where(kept, base_codes, codes))

@@ -103,8 +103,8 @@ def export_run(
     Args:
         format: a name of `ExportFormat`.
         base: the base checkpoint, if it is no longer where the run's config says.
-        calibrated: None rounds to nearest. What an interrupted export rounded for its inputs is kept beside `out`, and
-            the same export goes on there.
+        calibrated: None rounds to nearest, or as a merge-aware run did in training. What an interrupted export rounded
+            for its inputs is kept beside `out`, and the same export goes on there.
         fidelity_tokens: measure what a merged model keeps of the training on at most so many tokens of held-out rows;
             0 does not.
         min_fidelity: refuse one that keeps less, see `distance.fidelity`; 0 takes any.
@@ -206,9 +206,7 @@ def check_merged_export(run: RunFolder, format: str, *, calibrated: bool) -> Non
             "Export a merged one, such as format=mxfp4"
         )
     if calibrated:
-        raise UserError(
-            f"{trained}, to nearest: rounding=calibrated would write another model. Export with rounding=nearest"
-        )
+        raise UserError(f"{trained}: rounding=calibrated would write another model. Leave rounding out")
 
 
 def fidelity_excerpts(cfg: TrainConfig, data: Path | None, num_tokens: int) -> list[Excerpt]:

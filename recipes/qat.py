@@ -1,8 +1,9 @@
 """Merge-aware fine-tuning (quantization-aware LoRA): what was trained is, to the bit, what the merged files hold.
 
-Rounding a merged update to 4 bits after training loses what is smaller than half a step of the grid. Here every forward
-pass, held-out evaluations included, computes with the rounded weights, and gradients go straight through the rounding
-to the factors, in which what is too small for the grid adds up until it crosses a step. Everything else is `sft`.
+Rounding a merged update to the nearest 4 bits after training loses what is smaller than half a step of the grid. Here
+the rounding keeps updates of any size in the mean, see `kernels.merging.round_dithered`; every forward pass, held-out
+evaluations included, computes with the rounded weights, and gradients go straight through the rounding to the factors.
+Everything else is `sft`.
 """
 
 from pathlib import Path

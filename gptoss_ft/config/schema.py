@@ -77,7 +77,10 @@ ExportFormat = StrEnum(
 Rounding = StrEnum("Rounding", ["nearest", "calibrated"])
 # Those that hold MXFP4 experts, whose updates are rounded to 4 bits.
 ROUNDED_FORMATS = (ExportFormat.mxfp4, ExportFormat.original, ExportFormat.gguf, ExportFormat.gguf_q8_0)
-ROUNDING_MEANING = "how MXFP4 formats round updates of experts: to nearest, or by their inputs on the run's rows"
+ROUNDING_MEANING = (
+    "how MXFP4 formats round updates of experts: to nearest, or by their inputs on the run's rows; a run with "
+    "adapter.qat=true keeps its own rounding"
+)
 TOKENS_MEANING = "tokens of the run's training rows that rounding=calibrated looks at"
 # Half way between the base and the trained model.
 MIN_FIDELITY = 0.5
@@ -159,7 +162,8 @@ class AdapterConfig:
     experts: list[int] | None = key("experts that learn in those layers, from 0; null is every expert", default=None)
     qat: bool = key(
         "merge-aware training: compute with the merged weights, rounded as export rounds them (experts to MXFP4, the "
-        "rest to bf16), so that the merged model is the trained one; only merged formats can be exported",
+        "rest to bf16), so that the merged model is the trained one; only merged formats can be exported; on GPUs the "
+        "merging runs in plain torch, which is slow",
         default=False,
     )
 
@@ -358,7 +362,8 @@ class TrainConfig:
             )
         if self.export.rounding is not Rounding.nearest:
             raise ConfigError(
-                "export.rounding must be nearest with adapter.qat=true: that is the rounding it trains through"
+                "export.rounding=calibrated is another rounding than the one that adapter.qat=true trains through: "
+                "leave it at its default"
             )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.kernels.codec import quantize_mxfp4
-from gptoss_ft.kernels.dispatch import dequantize_mxfp4, merge_bf16, merge_mxfp4
+from gptoss_ft.kernels.dispatch import dequantize_mxfp4, merge_bf16, merge_mxfp4, merge_mxfp4_dithered
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 from gptoss_ft.model import layouts
 from gptoss_ft.model.checkpoint import Checkpoint
@@ -72,8 +72,8 @@ class MergedWeights:
     Args:
         calibrate: asked for every expert of a packed base that has an update, in the order of the layers; without it
             and where it says None, MXFP4 numbers are rounded to nearest.
-        merged_training: of a packed base, updated experts are rounded to MXFP4 in the bf16 layout too, as training
-            through the merge saw them.
+        merged_training: of a packed base, updated experts are rounded to MXFP4 as training through the merge saw them,
+            in the bf16 layout too.
 
     Attributes:
         updates: by HF weight name, over the experts that have an update, how it compares with what was written;
@@ -217,20 +217,21 @@ class MergedWeights:
             self.calibrated.setdefault(name, {})[expert] = packed_digest(rounded.blocks, rounded.scales)
             self._note_bias(f"{name}_bias", expert, rounded.bias)
         else:
-            self.num_nearest += 1
-            rounded = self._to_nearest(update, factors, scaling)
+            self.num_nearest += not self.merged_training
+            rounded = self._round_elements(update, factors, scaling)
         self._note(name, [rounded.stats])
         if self.calibrate:
             self.calibrate.written(name, expert, rounded)
         return rounded.blocks, rounded.scales
 
-    def _to_nearest(self, update: PackedUpdate, factors: tuple[Tensor, Tensor], scaling: float) -> Rounded:
+    def _round_elements(self, update: PackedUpdate, factors: tuple[Tensor, Tensor], scaling: float) -> Rounded:
         blocks, scales = update.blocks.clone(), update.scales.clone()
+        merge_packed = merge_mxfp4_dithered if self.merged_training else merge_mxfp4
 
         def add(rows: slice) -> UpdateStats:
             base, target = dequantize_mxfp4(blocks[rows], scales[rows], torch.float32), update.target(rows)
             packed = MXFP4Weight(blocks[None, rows], scales[None, rows])
-            (blocks[rows],), (scales[rows],) = merge_mxfp4(packed, factors[1][None], factors[0][None, rows], scaling)
+            (blocks[rows],), (scales[rows],) = merge_packed(packed, factors[1][None], factors[0][None, rows], scaling)
             return measure_update(base, target, dequantize_mxfp4(blocks[rows], scales[rows], torch.float32))
 
         stats = sum(self.pool.map(add, row_chunks(len(blocks))), UpdateStats())

@@ -16,7 +16,7 @@ from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.gguf_layout import through_q8_0
 from gptoss_ft.export.gguf_read import GgufModel
 from gptoss_ft.export.merged import packed_digest, tensor_digest
-from gptoss_ft.kernels.dispatch import dequantize_mxfp4, merge_bf16, merge_mxfp4
+from gptoss_ft.kernels.dispatch import dequantize_mxfp4, merge_bf16, merge_mxfp4_dithered
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 from gptoss_ft.model.checkpoint import Checkpoint
 
@@ -145,7 +145,7 @@ def expert_weight(checkpoint: Checkpoint | GgufModel, name: str, expert: int) ->
 def _merged_expert(base: Checkpoint, name: str, expert: int, factors: tuple[Tensor, Tensor], scaling: float) -> Tensor:
     """An expert's weight as training through the merge computed with it, fp32 [O, K]."""
     packed = MXFP4Weight(*(base.read(f"{name}_{part}", expert, expert + 1) for part in ("blocks", "scales")))
-    merged = merge_mxfp4(packed, factors[1][None], factors[0][None], scaling)
+    merged = merge_mxfp4_dithered(packed, factors[1][None], factors[0][None], scaling)
     return dequantize_mxfp4(*merged, torch.float32)[0]
 
 

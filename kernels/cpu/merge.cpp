@@ -1,5 +1,6 @@
 // Merging low-rank updates into frozen weights: base + B A, rounded to what a merged checkpoint holds.
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -14,6 +15,26 @@ namespace {
 
 constexpr int64_t kStripBlocks = 4;  // 64 bytes of a row's blocks: one line of the cache
 constexpr int64_t kRunRows = 64;     // rows for which a strip of A is reordered once
+
+constexpr uint32_t kGoldenRatio = 0x9e3779b9;
+
+// What is added to the dither of an element for its place in a block; even places first.
+constexpr std::array<uint32_t, kBlock> dither_steps() {
+    std::array<uint32_t, kBlock> steps{};
+    for (int64_t i = 0; i < kBlock; ++i) steps[i] = (2 * (i % kBlockBytes) + i / kBlockBytes) * kGoldenRatio;
+    return steps;
+}
+alignas(64) constexpr std::array<uint32_t, kBlock> kDitherSteps = dither_steps();
+
+inline uint32_t hash_of_block(const uint8_t* block) {
+    uint32_t words[kBlockBytes / 4], hash = 0;
+    std::memcpy(words, block, sizeof words);
+    for (const uint32_t word : words) {
+        hash = (hash ^ word) * kGoldenRatio;
+        hash ^= hash >> 15;
+    }
+    return hash;
+}
 
 struct PackedMerge {
     const uint8_t* base_blocks;  // [experts, rows, groups, 16]
@@ -40,13 +61,14 @@ struct DenseMerge {
 }  // namespace
 }  // namespace gptoss_ft
 
-// `wanted` are the numbers of the `count` experts to merge; the others' bytes are not written.
+// `dithered` chooses the rounding. `wanted` are the numbers of the `count` experts to merge; the others' bytes are not
+// written.
 extern "C" __attribute__((visibility("default"))) int gptoss_ft_merge_mxfp4(
-    int isa, int threads, const uint8_t* base_blocks, const uint8_t* base_scales, const float* A, const float* B,
-    const int64_t* wanted, int64_t count, int64_t experts, int64_t rows, int64_t groups, int64_t rank,
+    int isa, int threads, int dithered, const uint8_t* base_blocks, const uint8_t* base_scales, const float* A,
+    const float* B, const int64_t* wanted, int64_t count, int64_t experts, int64_t rows, int64_t groups, int64_t rank,
     uint8_t* blocks, uint8_t* scales) {
     using namespace gptoss_ft;
-    const auto merge_rows = OF_ISA(isa, merge_packed_rows);
+    const auto merge_rows = dithered ? OF_ISA(isa, merge_packed_rows<true>) : OF_ISA(isa, merge_packed_rows<false>);
     const PackedMerge all{base_blocks, base_scales, A, B, blocks, scales, experts, rows, groups, rank};
     const int64_t runs = ceil_div(rows, kRunRows);
     const int64_t strips = kStripBlocks * kBlock * rank;

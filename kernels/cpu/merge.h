@@ -30,14 +30,21 @@ TARGET static inline vec e2m1_value(ints code) {
 TARGET static inline ints nearest_code(vec value) {
     constexpr float kMagic = 0x1.8p23f;  // adding and subtracting it rounds to whole numbers
     vec a = (vec)((ints)value & INT32_MAX);
-    a = select(a < 8.f, a, vec{} + 8.f);
+    a = minimum(a, vec{} + 8.f);
     const vec first = (a * 2.f + kMagic) - kMagic;
     const vec second = ((a + kMagic) - kMagic) + 2.f;
     const vec third = ((a * .5f + kMagic) - kMagic) + 4.f;
-    vec code = select(second < first, second, first);
-    code = select(third < code, third, code);
-    code = select(code < 7.f, code, vec{} + 7.f);
+    const vec code = minimum(minimum(first, minimum(second, third)), vec{} + 7.f);
     return __builtin_convertvector(code, ints) | (ints)((bits)value >> 31 << 3);
+}
+
+// The code of the e2m1 number at or below a magnitude, or of the one above it: `dither` shares of a step are added.
+TARGET static inline ints dithered_code(vec value, vec dither) {
+    vec a = (vec)((ints)value & INT32_MAX);
+    a = minimum(a, vec{} + 8.f);
+    const vec first = a * 2.f, second = a + 2.f, third = a * .5f + 4.f;
+    const vec code = minimum(minimum(first, minimum(second, third)) + dither, vec{} + 7.f);
+    return __builtin_convertvector(code, ints) | (ints)((bits)value >> 31 << 3);  // towards zero
 }
 
 TARGET static inline void store_codes(uint8_t* to, ints even, ints odd) {
@@ -70,7 +77,20 @@ TARGET static inline void round_codes(const vec (&wanted)[2 * kParts], int scale
     for (int i = 0; i < 2 * kParts; ++i) codes[i] = nearest_code(wanted[i] * unit);
 }
 
+TARGET static inline void dither_codes(const vec (&wanted)[2 * kParts], int scale, const uint8_t* base,
+                                       ints (&codes)[2 * kParts]) {
+    const vec unit = broadcast(e8m0_value(254 - scale));
+    const uint32_t start = hash_of_block(base);
+    for (int i = 0; i < 2 * kParts; ++i) {
+        bits dither;
+        std::memcpy(&dither, kDitherSteps.data() + i * WIDTH, sizeof dither);
+        dither = (dither + start) >> 16;
+        codes[i] = dithered_code(wanted[i] * unit, __builtin_convertvector((ints)dither, vec) * 0x1p-16f);
+    }
+}
+
 // Round base + update of one block near the base.
+template <bool DITHERED>
 TARGET static inline void merge_block(const vec (&update)[2 * kParts], const uint8_t* base, int scale, uint8_t* blocks,
                                       uint8_t* out_scale) {
     ints base_codes[2 * kParts], codes[2 * kParts];
@@ -94,12 +114,9 @@ TARGET static inline void merge_block(const vec (&update)[2 * kParts], const uin
         *out_scale = kE8M0NaN;
         return;
     }
-    round_codes(wanted, scale, codes);
-    for (int i = 0; i < 2 * kParts; ++i) {
-        const ints both_zero = ((codes[i] | base_codes[i]) & 7) == 0;
-        codes[i] = (both_zero & base_codes[i]) | (~both_zero & codes[i]);
-    }
-    if (const int even = even_scale(amax); even != scale) {
+    const int even = even_scale(amax);
+    if (!DITHERED || even != scale) round_codes(wanted, scale, codes);
+    if (even != scale) {
         ints rescaled[2 * kParts];
         round_codes(wanted, even, rescaled);
         if (squared_error(rescaled, e8m0_value(even), wanted) < squared_error(codes, e8m0_value(scale), wanted)) {
@@ -107,12 +124,17 @@ TARGET static inline void merge_block(const vec (&update)[2 * kParts], const uin
             scale = even;
         }
     }
+    if (DITHERED) dither_codes(wanted, scale, base, codes);
+    for (int i = 0; i < 2 * kParts; ++i) {
+        const ints both_zero = ((codes[i] | base_codes[i]) & 7) == 0;
+        codes[i] = (both_zero & base_codes[i]) | (~both_zero & codes[i]);
+    }
     *out_scale = static_cast<uint8_t>(scale);
     for (int i = 0; i < kParts; ++i) store_codes(blocks + i * WIDTH, codes[i], codes[kParts + i]);
 }
 
 // `rows` rows of one column of blocks. A is its strip [rank, 32], even elements first; B is [rows, rank].
-template <int ROWS>
+template <bool DITHERED, int ROWS>
 TARGET static void merge_tile(const PackedMerge& m, const float* A, const float* B, int64_t first_block) {
     vec update[ROWS][2 * kParts];
     for (int64_t r = 0; r < m.rank; ++r) {
@@ -128,13 +150,14 @@ TARGET static void merge_tile(const PackedMerge& m, const float* A, const float*
     }
     for (int row = 0; row < ROWS; ++row) {
         const int64_t block = first_block + row * m.groups;
-        merge_block(update[row], m.base_blocks + block * kBlockBytes, m.base_scales[block],
-                    m.blocks + block * kBlockBytes, m.scales + block);
+        merge_block<DITHERED>(update[row], m.base_blocks + block * kBlockBytes, m.base_scales[block],
+                              m.blocks + block * kBlockBytes, m.scales + block);
     }
 }
 
 // Rows [first, first + rows) of one expert. `strips` has room for the expert's kStripBlocks columns of blocks of A and
 // `factors` for B [rows, rank].
+template <bool DITHERED>
 TARGET static void merge_packed_rows(const PackedMerge& m, int64_t expert, int64_t first, int64_t rows, float* strips,
                                      float* factors) {
     const float* A = m.A + expert * m.rank * m.groups * kBlock;
@@ -154,11 +177,12 @@ TARGET static void merge_packed_rows(const PackedMerge& m, int64_t expert, int64
         int64_t row = 0;
         for (; row + kTileRows <= rows; row += kTileRows)
             for (int64_t g = 0; g < count; ++g)
-                merge_tile<kTileRows>(m, strips + g * m.rank * kBlock, factors + row * m.rank,
-                                       row_block + row * m.groups + g);
+                merge_tile<DITHERED, kTileRows>(m, strips + g * m.rank * kBlock, factors + row * m.rank,
+                                                row_block + row * m.groups + g);
         for (; row < rows; ++row)
             for (int64_t g = 0; g < count; ++g)
-                merge_tile<1>(m, strips + g * m.rank * kBlock, factors + row * m.rank, row_block + row * m.groups + g);
+                merge_tile<DITHERED, 1>(m, strips + g * m.rank * kBlock, factors + row * m.rank,
+                                        row_block + row * m.groups + g);
     }
 }
 

@@ -28,6 +28,7 @@ TARGET static inline vec load(const uint16_t* from) {
 // Subtracting zero keeps every value, -0 included, so compilers reduce this to a broadcast.
 TARGET static inline vec broadcast(float value) { return value - vec{}; }
 TARGET static inline vec maximum(vec a, vec b) { return a > b ? a : b; }
+TARGET static inline vec minimum(vec a, vec b) { return a < b ? a : b; }
 TARGET static inline vec select(ints mask, vec yes, vec no) { return (vec)((mask & (ints)yes) | (~mask & (ints)no)); }
 
 TARGET static inline bits rounded_to_bf16(vec value) {

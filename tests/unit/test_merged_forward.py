@@ -35,7 +35,7 @@ def straight_through(made, dtype):
     (update,) = made.low_rank
     A, B = (factor.to(dtype) for factor in (update.A_ERI, update.B_EOR))
     with torch.no_grad():
-        weight = dispatch.merge_mxfp4(made.weight, update.A_ERI, update.B_EOR, S, None, update.experts)
+        weight = dispatch.merge_mxfp4_dithered(made.weight, update.A_ERI, update.B_EOR, S, None, update.experts)
         weight = dequantize_mxfp4(*weight, dtype)
     delta = S * B @ A
     if update.experts is not None:
@@ -104,7 +104,7 @@ def test_the_backward_pass_multiplies_the_bytes_of_the_forward_pass(monkeypatch)
     for forward, backward in zip(seen["forward"], reversed(seen["backward"]), strict=True):
         assert all(map(torch.equal, forward, backward))
     (update,) = gate_up.low_rank
-    merged = dispatch.merge_mxfp4(gate_up.weight, update.A_ERI.detach(), update.B_EOR.detach(), S)
+    merged = dispatch.merge_mxfp4_dithered(gate_up.weight, update.A_ERI.detach(), update.B_EOR.detach(), S)
     assert all(map(torch.equal, seen["forward"][0], merged))
 
 
@@ -140,3 +140,24 @@ def test_linear_layers_are_those_of_dense_autograd_through_the_rounding(assert_a
         compared = zip(("y", "dx", "dA", "dB"), ours(function), dense(torch.float32), dense(torch.float64), strict=True)
         for name, *values in compared:
             assert_as_exact_as_torch(*values, name)
+
+
+@pytest.mark.parametrize("needed", ["x", "A", "B"])
+def test_only_gradients_that_are_needed_are_computed(needed, monkeypatch):
+    leaves = {"x": torch.randn(9, 50), "A": torch.randn(R, 50), "B": torch.randn(37, R)}
+    weight, dy = torch.randn(37, 50).bfloat16().float(), torch.randn(9, 37)
+
+    def gradients(names):
+        mine = {name: leaf.clone().requires_grad_(name in names) for name, leaf in leaves.items()}
+        y = merged_linear(mine["x"], weight, None, mine["A"], mine["B"], S)
+        return dict(zip(names, torch.autograd.grad(y, [mine[name] for name in names], dy), strict=True))
+
+    wanted = gradients("xAB")[needed]
+    computed = []
+    for name in ("linear_dx", "low_rank_gradient_"):
+        function = getattr(dispatch, name)
+        monkeypatch.setattr(
+            dispatch, name, lambda *args, name=name, function=function: computed.append(name) or function(*args)
+        )
+    assert torch.equal(gradients(needed)[needed], wanted)
+    assert computed == ["linear_dx" if needed == "x" else "low_rank_gradient_"]
