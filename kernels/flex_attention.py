@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import mark_static
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, create_block_mask, flex_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -62,6 +63,11 @@ def sink_attention(
         mask = _causal_mask(q_BHTD.shape[-2], window, q_BHTD.device)
     else:
         mask = _documents_mask(documents_BS, window)
+    # What differs between two calls becomes a symbol in the code of later ones. Lengths may; but torch's kernel needs
+    # the ratio of the numbers of heads as a constant, and the self-check or another model may have had others.
+    for states in (q_BHTD, k_BKSD, v_BKSD):
+        mark_static(states, [1, 3])
+    mark_static(sinks_H, 0)
     return _compiled(_attend)(q_BHTD, k_BKSD, v_BKSD, sinks_H, mask, scaling)
 
 
@@ -126,6 +132,9 @@ def _tree_mask(tree: Tree, documents_BS: Tensor | None, window: int | None) -> B
 
 
 def _sees(window: int | None) -> MaskMod:
+    # As text it stays a constant: a second int in its place, such as the self-check's, would become a symbol.
+    constant = str(window)
+
     def causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return key <= query
 
@@ -133,7 +142,7 @@ def _sees(window: int | None) -> MaskMod:
         return causal
 
     def sliding(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (key > query - window)
+        return (key <= query) & (key > query - int(constant))
 
     return sliding
 

@@ -124,6 +124,33 @@ def test_the_compiler_traces_it_whole_with_its_gradients(monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_lengths_may_differ_between_calls_but_heads_and_windows_stay_constants(monkeypatch):
+    graphs = []
+
+    def recorded(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Tensor]:
+            graphs.append(graph)
+            return graph.forward
+
+        return torch.compile(function, fullgraph=True, backend=backend)
+
+    monkeypatch.setattr(flex_attention, "_compiled", recorded)
+    torch.compiler.reset()
+    # A self-check's shapes before two batches of a model's.
+    for heads, groups, length, size, window in ((6, 2, 75, 40, 9), (4, 2, 150, 16, 133), (4, 2, 161, 16, 133)):
+        q, k, v = (torch.randn(1, number, length, size) for number in (heads, groups, groups))
+        flex_attention.sink_attention(q, k, v, torch.randn(heads), scaling=1.0, window=window, documents_BS=None)
+    attend = graphs[-1]
+    inputs = [node.meta["example_value"] for node in attend.graph.nodes if node.op == "placeholder"]
+    states = [
+        found.shape for found in inputs if isinstance(found, Tensor) and found.ndim == 4 and found.shape[-1] == 16
+    ]
+    assert [(number, size) for _, number, _, size in states] == [(4, 16), (2, 16), (2, 16)]
+    assert all(type(number) is type(size) is int for _, number, _, size in states)
+    assert all(isinstance(length, torch.SymInt) for _, _, length, _ in states)
+    assert any("133" in part.code for part in attend.modules() if isinstance(part, torch.fx.GraphModule))
+
+
 def test_a_mask_is_built_once_for_a_tensor_of_documents_and_dropped_with_it():
     documents, masks = packed_documents(), flex_attention._masks_of_documents
     gc.collect()
