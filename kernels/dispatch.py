@@ -34,8 +34,11 @@ from gptoss_ft.kernels.registry import Implementation, Operation, short
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# The fused kernels, and decoding with grouped_mm.
-FEW_AND_MANY_ROWS = (cases.AWKWARD, replace(cases.AWKWARD, rows_E=(250, 0, 210)))
+# The fused kernels in each of their tiles, and decoding with grouped_mm.
+FEW_AND_MANY_ROWS = (
+    cases.AWKWARD,
+    *(replace(cases.AWKWARD, rows_E=rows) for rows in ((40, 0, 57), (130, 0, 150), (250, 0, 210))),
+)
 
 
 def _library(

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Collection
+from functools import cache
 
 import torch
 
@@ -16,6 +17,12 @@ def unavailable(device: torch.device, dtype: torch.dtype, dtypes: Collection[tor
     if dtype not in dtypes:
         computed, asked = (", ".join(str(each).removeprefix("torch.") for each in some) for some in (dtypes, (dtype,)))
         return f"the GPU kernels compute in {computed}, not {asked}"
+    return _lacks(device)
+
+
+# It looks for files, and every call of every operation asks.
+@cache
+def _lacks(device: torch.device) -> str:
     if device.type != "cuda":
         return f"the GPU kernels are for NVIDIA GPUs, not {device.type}"
     if torch.version.hip is not None:

@@ -4,12 +4,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from gptoss_ft.kernels import flex_attention
+from gptoss_ft.kernels import dispatch, flex_attention
+from gptoss_ft.kernels.gpu import device as gpu_device
 from gptoss_ft.kernels.gpu import packed_experts
 
 if importlib.util.find_spec("triton") is None:
@@ -51,14 +53,16 @@ def test_a_tile_that_is_too_large_shows():
 
 
 @pytest.fixture
-def nvidia(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def nvidia(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """A machine with an A100, as torch tells it."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     monkeypatch.setenv("CC", "gcc")
-    return monkeypatch
+    gpu_device._lacks.cache_clear()
+    yield monkeypatch
+    gpu_device._lacks.cache_clear()
 
 
 @pytest.mark.usefixtures("nvidia")
@@ -78,6 +82,7 @@ def test_ampere_with_triton_is_accepted():
 )
 def test_other_machines_are_refused_in_words(unavailable, nvidia):
     def reason(device: torch.device = CUDA) -> str:
+        gpu_device._lacks.cache_clear()
         return unavailable(device, torch.bfloat16)
 
     assert "NVIDIA GPUs, not xpu" in reason(torch.device("xpu"))
@@ -93,6 +98,33 @@ def test_other_machines_are_refused_in_words(unavailable, nvidia):
     assert "no NVIDIA GPU" in reason()
     nvidia.setattr(torch.version, "hip", "7.0")
     assert "AMD" in reason()
+
+
+def test_a_device_is_asked_once(nvidia):
+    nvidia.delenv("CC")
+    looked_for = []
+    nvidia.setattr("shutil.which", lambda name: looked_for.append(name) or name)
+    for _ in range(3):
+        assert packed_experts.unavailable(CUDA, torch.bfloat16) == flex_attention.unavailable(CUDA, torch.float32) == ""
+    assert looked_for == ["clang"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "tiles"),
+    [
+        (dispatch.grouped_linear, packed_experts.FORWARD_TILES),
+        (dispatch.grouped_linear_dx, packed_experts.BACKWARD_TILES),
+    ],
+    ids=["forward", "backward"],
+)
+def test_self_checks_lead_through_every_tile_and_both_ways(operation, tiles):
+    (triton,) = (made for made in operation.implementations if made.name == "triton")
+    ends = [size.ends_E for size in triton.check_sizes]
+    decodes = [
+        packed_experts._decodes_chunks(torch.empty(each[-1], 96, dtype=torch.bfloat16), 96, each) for each in ends
+    ]
+    fused = {packed_experts._tile_for(tiles, each) for each, way in zip(ends, decodes, strict=True) if not way}
+    assert any(decodes) and fused == set(tiles)
 
 
 def test_rows_per_expert_decide_between_the_two_ways(monkeypatch):
