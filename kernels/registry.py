@@ -21,6 +21,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 REFERENCE = "torch"
+# In place of an implementation's name where no implementation is for a device.
+NO_KERNEL = "kernels"
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +136,7 @@ class Operation(Generic[P, R]):
                     reason, failed = verdict.reason, True
             refused.append(Refused(implementation.name, reason, failed))
         if name == REFERENCE and not refused:
-            refused.append(Refused("kernels", f"there is none for {device.type} yet"))
+            refused.append(Refused(NO_KERNEL, f"there is none for {device.type} yet"))
         return Choice(name, function, device, dtype, tuple(refused))
 
     def verdict(
@@ -171,7 +173,8 @@ class Operation(Generic[P, R]):
         """A logging level and one line of what runs instead of what."""
         slow = choice.implementation == REFERENCE
         failed = any(refused.failed for refused in choice.refused)
-        runs = "plain torch, which is slower" if slow else choice.implementation
+        compared = any(made.device_type == choice.device.type for made in self.implementations)
+        runs = f"plain torch{', which is slower' if compared else ''}" if slow else choice.implementation
         line = f"{self.name} in {short(choice.dtype)} on {choice.device} runs in {runs}; {reasons(choice.refused)}"
         if slow and self._none_is_available(choice):
             first = choice.refused not in _told_for_all
@@ -182,9 +185,9 @@ class Operation(Generic[P, R]):
         return logging.WARNING if slow or failed else logging.INFO, line
 
     def _none_is_available(self, choice: Choice[P, R]) -> bool:
-        """Whether each kernel for the device is refused for what it lacks there, whatever the tensors."""
+        """Whether there is no kernel for the device, or each lacks something there, whatever the tensors."""
         lacks = {made.name: made.unavailable(choice.device, choice.dtype) for made in self.implementations}
-        return all(lacks.get(refused.implementation) == refused.reason for refused in choice.refused)
+        return all(name == NO_KERNEL or lacks.get(name) == reason for name, reason, _ in choice.refused)
 
 
 def operands_of(*args: object, **kwargs: object) -> Operands:

@@ -175,6 +175,17 @@ def test_devices_without_kernels_and_mixed_devices_run_in_torch():
         operation.choose(*weight)
 
 
+def test_a_device_that_nobody_wrote_kernels_for_is_one_warning_and_no_word_of_slowness(caplog):
+    x = operands()[0].to("meta")
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            dispatch.clamped_swiglu(x)
+            dispatch.linear(x, x, None)
+    why = "in bf16 on meta runs in plain torch; kernels: there is none for meta yet (`gptoss-ft doctor` lists every"
+    told = [(record.levelname, record.message.partition(why)[0]) for record in caplog.records]
+    assert told == [("WARNING", "clamped_swiglu "), ("INFO", "linear ")]
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 16), (3, 16), (0, 16)])
 def test_dispatched_decode_keeps_the_shape_and_errors_of_the_reference(shape):
     blocks = torch.randint(0, 256, shape, dtype=torch.uint8)
