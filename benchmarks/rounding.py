@@ -136,7 +136,7 @@ def time_layer(num_experts: int, num_tokens: int, threads: int) -> dict[str, flo
             seconds[projection] += time.perf_counter() - started
             print(
                 f"{projection} {O} x {K} for {num_inputs} inputs: {time.perf_counter() - started:.1f} s, "
-                f"update {stats.relative_update:.2%}, E {stats.output_error:.3f} on those held out",
+                f"update {stats.relative_update:.2%}, E {stats.output_error:.3f} told",
                 flush=True,
             )
     total = sum(seconds.values()) * spec.num_local_experts / num_experts

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
+from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight, nearest_element
 
 
 @dataclass(frozen=True)
@@ -219,11 +219,27 @@ def _round_columns(draw: Draw, size: Size) -> Call:
     O, K = size.outputs, min(size.inputs, 128)
     steps_OK = torch.exp2(draw.normal(O, 1).round()).expand(O, K).contiguous()
     spread_KK = draw.normal(K, K).div(K**0.5).triu(1)
-    return Call((3 * draw.normal(O, K), steps_OK, spread_KK, None))
+    wanted_OK = 3 * draw.normal(O, K)
+    return Call((wanted_OK, wanted_OK + draw.normal(O, K), steps_OK, spread_KK))
 
 
 def rounding_work(size: Size, dtype: torch.dtype) -> Work:
     return Work(1e-9 * size.outputs * min(size.inputs, 128) ** 2, "GFLOP/s")
+
+
+def _descend_(draw: Draw, size: Size) -> Call:
+    O, K = size.outputs, size.inputs
+    steps_OK = torch.exp2(draw.normal(O, 1).round()).expand(O, K).contiguous()
+    half_KK = draw.normal(K, K).div(2 * K**0.5)
+    moment_KK = half_KK @ half_KK.T + torch.eye(K, dtype=half_KK.dtype, device=half_KK.device)
+    rounded_OK = nearest_element(3 * draw.normal(O, K))
+    # Some numbers are not the best.
+    gradient_OK = 0.15 * steps_OK * draw.normal(O, K)
+    return Call((rounded_OK * steps_OK, gradient_OK, steps_OK, moment_KK, 1))
+
+
+def descent_work(size: Size, dtype: torch.dtype) -> Work:
+    return Work(1e-9 * 0.05 * size.outputs * size.inputs**2, "GFLOP/s")
 
 
 def _merge_mxfp4(draw: Draw, size: Size) -> Call:
@@ -248,17 +264,6 @@ def merge_bf16_work(size: Size, dtype: torch.dtype) -> Work:
     return Work(2e-9 * size.outputs * size.inputs * size.rank, "GFLOP/s")
 
 
-def _add_sparse_product_(draw: Draw, size: Size) -> Call:
-    O, K, N = size.outputs, min(size.inputs, 128), size.inputs
-    sparse_OK = draw.normal(O, K)
-    return Call((draw.normal(O, N), sparse_OK * (sparse_OK > 2), draw.normal(K, N)))
-
-
-def sparse_product_work(size: Size, dtype: torch.dtype) -> Work:
-    # Of a normal distribution, 2.3 % lie above 2.
-    return Work(2e-9 * 0.023 * size.outputs * min(size.inputs, 128) * size.inputs, "GFLOP/s")
-
-
 GROUPED_LINEAR = Case(_grouped_linear, product_work)
 GROUPED_LINEAR_DX = Case(_grouped_linear_dx, product_work)
 DEQUANTIZE_MXFP4 = Case(_dequantize_mxfp4, decode_work)
@@ -277,6 +282,6 @@ LOW_RANK_UP_ = Case(_low_rank_up_, low_rank_work)
 LOW_RANK_GRADIENT_ = Case(_low_rank_gradient_, low_rank_work)
 SINK_ATTENTION = Case(_sink_attention, attention_work)
 ROUND_COLUMNS = Case(_round_columns, rounding_work)
+DESCEND_ = Case(_descend_, descent_work)
 MERGE_MXFP4 = Case(_merge_mxfp4, merge_mxfp4_work)
 MERGE_BF16 = Case(_merge_bf16, merge_bf16_work)
-ADD_SPARSE_PRODUCT_ = Case(_add_sparse_product_, sparse_product_work)

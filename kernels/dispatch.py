@@ -187,6 +187,12 @@ round_columns = Operation(
     cases.ROUND_COLUMNS,
     dtypes=(torch.float32,),
 )
+descend_ = Operation(
+    reference.descend_,
+    _library(cpu_rounding.descend_, cpu_rounding.descent_refusal, (cases.ODD,)),
+    cases.DESCEND_,
+    dtypes=(torch.float32,),
+)
 merge_mxfp4 = Operation(
     merging.merge_mxfp4,
     _library(cpu_merging.merge_mxfp4, cpu_merging.refuses_mxfp4),
@@ -204,12 +210,6 @@ merge_bf16 = Operation(
     _library(cpu_merging.merge_bf16, cpu_merging.refuses_bf16, (cases.ODD,)),
     cases.MERGE_BF16,
     exact=True,
-)
-add_sparse_product_ = Operation(
-    reference.add_sparse_product_,
-    _library(cpu_rounding.add_sparse_product_, cpu_rounding.product_refusal, (cases.ODD,)),
-    cases.ADD_SPARSE_PRODUCT_,
-    dtypes=(torch.float32,),
 )
 
 OPERATIONS: tuple[Operation, ...] = (
@@ -231,8 +231,8 @@ OPERATIONS: tuple[Operation, ...] = (
     sink_attention,
     cross_entropy,
     round_columns,
+    descend_,
     merge_mxfp4,
     merge_mxfp4_dithered,
     merge_bf16,
-    add_sparse_product_,
 )

@@ -301,6 +301,10 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor) -> tu
     return loss_T, (gradient_TV * weights_T[:, None]).to(logits_TV.dtype)
 
 
+# Columns of a descent whose changes move the gradients of all others together.
+DESCENT_COLUMNS = 128
+
+
 def nearest_element(values: Tensor) -> Tensor:
     """The e2m1 number nearest to each of `values`, at most 6 in magnitude; ties go to even multiples of the spacing."""
     magnitude = values.abs().clamp_max(MAGNITUDES[-1])
@@ -308,29 +312,59 @@ def nearest_element(values: Tensor) -> Tensor:
     return torch.copysign((magnitude / spacing).round() * spacing, values)
 
 
-def round_columns(
-    wanted_OK: Tensor, steps_OK: Tensor, spread_KK: Tensor, old_OK: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Round to e2m1 times `steps` from left to right, each column's residual moving what is wanted of later ones.
+def round_columns(wanted_OK: Tensor, target_OK: Tensor, steps_OK: Tensor, spread_KK: Tensor) -> tuple[Tensor, Tensor]:
+    """Round to e2m1 times `steps` from left to right, each column's error moving what is wanted of later ones.
 
-    After column k, `wanted[:, j]` of every later j falls by its residual times `spread[k, j]`. The residual is wanted -
-    rounded, or rounded - old where `old` is given.
+    After column k, `wanted[:, j]` of every later j falls by its error times `spread[k, j]`.
 
     Returns:
-        What was rounded and the residuals, both [O, K].
+        What was rounded and the errors, rounded - target, both [O, K].
     """
-    wanted_OK, residuals_OK = wanted_OK.clone(), torch.empty_like(wanted_OK)
+    wanted_OK, errors_OK = wanted_OK.clone(), torch.empty_like(wanted_OK)
     for k in range(wanted_OK.shape[1]):
         rounded_O = nearest_element(wanted_OK[:, k] / steps_OK[:, k]) * steps_OK[:, k]
-        residual_O = wanted_OK[:, k] - rounded_O if old_OK is None else rounded_O - old_OK[:, k]
-        wanted_OK[:, k + 1 :].addr_(residual_O, spread_KK[k, k + 1 :], alpha=-1)
-        wanted_OK[:, k], residuals_OK[:, k] = rounded_O, residual_O
-    return wanted_OK, residuals_OK
+        error_O = rounded_O - target_OK[:, k]
+        wanted_OK[:, k + 1 :].addr_(error_O, spread_KK[k, k + 1 :], alpha=-1)
+        wanted_OK[:, k], errors_OK[:, k] = rounded_O, error_O
+    return wanted_OK, errors_OK
 
 
-def add_sparse_product_(out_ON: Tensor, sparse_OK: Tensor, rows_KN: Tensor) -> Tensor:
-    """Add sparse @ rows to `out`, in place, fast where most elements of `sparse` are zero."""
-    return out_ON.addmm_(sparse_OK, rows_KN)
+def descend_(
+    rounded_OK: Tensor, gradient_OK: Tensor, steps_OK: Tensor, moment_KK: Tensor, max_passes: int
+) -> tuple[Tensor, Tensor]:
+    """Lower (Q - T) H (Q - T)ᵀ of each row by changing one of its numbers at a time, in place.
+
+    Each becomes the best one of e2m1 times `steps` while all others stay, from left to right and again until none
+    changes, or `max_passes` times.
+
+    Args:
+        rounded_OK: Q, multiples of `steps` by numbers of e2m1.
+        gradient_OK: (Q - T) H, kept up to date.
+        moment_KK: H.
+
+    Returns:
+        Q and its gradient.
+    """
+    diagonal_K = moment_KK.diagonal()
+    for _ in range(max_passes):
+        before_OK = rounded_OK.clone()
+        for start in range(0, len(moment_KK), DESCENT_COLUMNS):
+            block = slice(start, start + DESCENT_COLUMNS)
+            moment_CK = moment_KK[block]
+            # What changes in the block moves its own gradient at once, and all others' together.
+            gradient_OC = gradient_OK[:, block].clone()
+            changes_OC = torch.empty_like(gradient_OC)
+            for c in range(len(moment_CK)):
+                k = start + c
+                wanted_O = rounded_OK[:, k] - gradient_OC[:, c] / diagonal_K[k]
+                new_O = nearest_element(wanted_O / steps_OK[:, k]) * steps_OK[:, k]
+                changes_OC[:, c] = new_O - rounded_OK[:, k]
+                gradient_OC.addr_(changes_OC[:, c], moment_CK[c, block])
+                rounded_OK[:, k] = new_O
+            gradient_OK.addmm_(changes_OC, moment_CK)
+        if torch.equal(before_OK, rounded_OK):
+            break
+    return rounded_OK, gradient_OK
 
 
 def check_packed_rows(

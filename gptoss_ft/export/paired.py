@@ -59,7 +59,7 @@ class PairedRounding:
         )
         rows = trial_rows(len(update.blocks))
         trial = self._wanted(update.target(rows), rows), update.blocks[rows], update.scales[rows]
-        self.rounding = CalibratedRounding(merged_NK.float() - self.merged_mean, trial)
+        self.rounding = CalibratedRounding(fitted_merged - self.merged_mean, trial)
 
     def round(self, rows: slice) -> Rounded:
         """Of some rows."""
