@@ -14,7 +14,9 @@ constexpr int64_t kAheadDense = 4096;
 typedef uint32_t Words __attribute__((vector_size(64)));
 
 // Past the L2 cache, where weights that are read once would take the place of what the next operations work with.
-TARGET static inline void fetch(const uint8_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_NTA); }
+TARGET static inline void fetch(const uint8_t* from) {
+    _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_NTA);
+}
 
 // 2^(e - 127) of the first `count` of 16 scale bytes.
 TARGET static inline __m512 floats_of_scales(const uint8_t* scales, int64_t count) {
