@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -141,7 +142,11 @@ def is_abandoned(partial: Path) -> bool:
 
 
 def _partials(path: Path) -> list[Path]:
-    return [folder for folder in path.parent.iterdir() if folder.name.startswith(_partial_prefix(path))]
+    if not path.parent.is_dir():
+        return []
+    # Nothing but a process follows: of two machines the name of one may begin with the other's.
+    kept = re.compile(re.escape(_partial_prefix(path)) + r"\d+")
+    return [folder for folder in path.parent.iterdir() if kept.fullmatch(folder.name)]
 
 
 def _partial_prefix(path: Path) -> str:

@@ -30,7 +30,7 @@ from gptoss_ft.export.stored_model import Stored
 from gptoss_ft.export.verdict import CURES, fidelity_fault
 from gptoss_ft.export.verify import open_export
 from gptoss_ft.export.vllm_adapter import export_adapter_vllm, max_lora_rank
-from gptoss_ft.files import refuse_existing, write_whole
+from gptoss_ft.files import refuse_existing, refuse_other_writers, write_whole
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.load import load_base
 from gptoss_ft.model.manifest import add_to_manifest
@@ -144,7 +144,13 @@ def export_run(
         if excerpts:
             _, merged = open_export(checkpoint, folder)
             fidelity = measure_fidelity(
-                checkpoint, run.adapter, deltas, cast(Stored, merged), excerpts, merged_training=cfg.adapter.qat
+                checkpoint,
+                run.adapter,
+                deltas,
+                cast(Stored, merged),
+                excerpts,
+                calibrated=report.calibrated,
+                merged_training=cfg.adapter.qat,
             )
             fault = fidelity_fault(fidelity.base, fidelity.exported, min_fidelity)
             print(fidelity, *filter(None, [effect_note(fidelity)]), sep="\n")
@@ -234,7 +240,7 @@ def calibration(
     """Load the trained model; says on how much of its training rows it calibrates, and how much is already done.
 
     Raises:
-        UserError: if there is nothing to calibrate or nothing to do it on, or `out` exists.
+        UserError: if there is nothing to calibrate or nothing to do it on, or `out` exists or is being written.
     """
     if base.layout == "bf16":
         raise UserError(
@@ -249,6 +255,7 @@ def calibration(
         if unknown := sorted(number for number in numbers or () if number >= total):
             raise UserError(f"{name}={unknown}: {base.path} has {name} 0 to {total - 1}")
     refuse_existing(out)
+    refuse_other_writers(out)
     samples = calibration_samples(config_of(run), chosen.num_tokens)
     journal = Journal(out, rounding_key(base, deltas, samples, chosen))
     if journal.num_weights:

@@ -6,7 +6,7 @@ base's mapped files with and without the adapter beside them, as they were in tr
 T tokens · H hidden · P positions · K in columns · O out rows · N inputs of a weight
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -52,7 +52,7 @@ class OutputError:
 
     @property
     def relative(self) -> float | None:
-        """1 where the update is lost; None where no input reached it."""
+        """1 where the update is lost; None where nothing was compared."""
         return (self.error_sq / self.update_sq) ** 0.5 if self.update_sq else None
 
 
@@ -110,6 +110,7 @@ def measure_fidelity(
     export: Stored,
     excerpts: Sequence[Excerpt],
     *,
+    calibrated: Mapping[str, Collection[int]] | None = None,
     merged_training: bool = False,
     progress: bool = True,
 ) -> Fidelity:
@@ -117,11 +118,13 @@ def measure_fidelity(
 
     Args:
         adapter: what training saved, in PEFT's layout, and `deltas` what it says.
+        calibrated: experts by HF weight name that were rounded for their inputs in the merged model, with a correction
+            of their bias: what their weights alone put out on other inputs is not compared.
         merged_training: it was trained through the rounding of its merge, see `compute_merged`; no outputs of updates
             are compared then, since what was trained is the rounded weight.
     """
     with torch.no_grad():
-        run = _SideBySide(base, adapter, {} if merged_training else deltas, export, excerpts)
+        run = _SideBySide(base, adapter, {} if merged_training else deltas, calibrated or {}, export, excerpts)
         if merged_training:
             compute_merged(run.model)
         numbers = range(base.spec.num_hidden_layers)
@@ -148,10 +151,12 @@ class _SideBySide:
         base: Checkpoint,
         adapter: Path,
         deltas: Mapping[str, LowRankDelta],
+        calibrated: Mapping[str, Collection[int]],
         export: Stored,
         excerpts: Sequence[Excerpt],
     ) -> None:
         self.base, self.deltas, self.export, self.excerpts = base, deltas, export, excerpts
+        self.calibrated = calibrated
         precision = "bf16" if base.layout == "bf16" else "mxfp4"
         self.model, _ = load_adapter(load_base(base.path, precision=precision), adapter)
         core = self.model.get_base_model()
@@ -210,7 +215,7 @@ class _SideBySide:
         for projection in PROJECTIONS:
             name = f"{prefix}mlp.experts.{projection}"
             for expert, (start, stop) in enumerate(pairwise([0, *ends_E])):
-                if name in self.deltas and start < stop:
+                if name in self.deltas and start < stop and expert not in self.calibrated.get(name, ()):
                     self._compare(name, expert, rows[projection][start:stop])
 
     def _compare(self, name: str, expert: int | None, x_NK: Tensor) -> None:

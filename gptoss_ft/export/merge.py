@@ -38,9 +38,11 @@ class MergeReport:
         updates: by HF weight name, over the experts that have an update, how it compares with what was written;
             also every expert stack that had to be rounded from bf16 to MXFP4.
         num_copied: tensors whose bytes are the base's.
-        num_calibrated, num_nearest: experts of packed stacks that were rounded for their inputs and to nearest.
+        num_calibrated, num_nearest: experts of packed stacks that were rounded for their inputs and to nearest; neither
+            counts those of merged training.
         merged_training: training computed with the rounded weights, so that nothing is lost by rounding them.
-        calibrated: `packed_digest` of the former by HF weight name and expert: no bound for single blocks holds there.
+        calibrated: `packed_digest` of the calibrated experts by HF weight name and number: no bound for single blocks
+            holds there.
         biases: `tensor_digest` of the experts' biases that differ from the base's, by HF name.
     """
 
@@ -117,7 +119,7 @@ def merge(
 
     Args:
         deltas: by HF weight name: `….self_attn.q_proj.weight`, `….mlp.router.weight`, `….mlp.experts.gate_up_proj`.
-        merged_training: training computed with experts rounded to MXFP4: they are in every format.
+        merged_training: training computed with experts rounded by `merge_mxfp4_dithered`: they are in every format.
         check: called with the finished folder before it has its name, and the report; what it raises leaves no `out`.
 
     Raises:

@@ -76,8 +76,7 @@ def calibrated_in(export: Path) -> Noted:
         record = json.loads(file.read_bytes())
         recorded = record["calibrated_experts"]
         experts = {name: {int(e): str(digest) for e, digest in digests.items()} for name, digests in recorded.items()}
-        # Exports of earlier versions have none.
-        return Noted(experts, {name: str(digest) for name, digest in record.get("corrected_biases", {}).items()})
+        return Noted(experts, {name: str(digest) for name, digest in record["corrected_biases"].items()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged: export again") from error
 

@@ -71,7 +71,7 @@ class MergedWeights:
 
     Args:
         calibrate: asked for every expert of a packed base that has an update, in the order of the layers; without it
-            and where it says None, MXFP4 numbers are rounded to nearest.
+            and where it says None, MXFP4 numbers are rounded to nearest, but for `merged_training`.
         merged_training: of a packed base, updated experts are rounded to MXFP4 as training through the merge saw them,
             in the bf16 layout too.
 

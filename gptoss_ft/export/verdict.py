@@ -6,7 +6,7 @@ and on both: random, moving the weights by 0.06 to 3 %, and trained for 1, 5 and
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import inf
+from math import inf, isinf
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ SAME_MODEL_P95 = 1e-4
 # and the others at a quarter of one; 0.19 was seen. A swapped row is off by 1.4, a zeroed scale by 1.
 # ggml's 8 bits: half a step of amax / 127 for each of 32, on top of bf16. An adapter's factors may have been rescaled,
 # in fp32, on the way: their product counts. A rounding for inputs puts up with any error of a block that its neighbours
-# make good; what it wrote is known by its hash instead.
+# make good; what it wrote, biases included, is known by its hash instead.
 WEIGHT_BOUNDS: dict[Kind, float] = {
     "copied": 0.0,
     "update": 1e-5,
@@ -33,6 +33,7 @@ WEIGHT_BOUNDS: dict[Kind, float] = {
     "mxfp4": 0.4,
     "merged": 0.0,
     "calibrated": inf,
+    "bias": inf,
 }
 
 # bf16 arithmetic, in which servers run these models, moves logits by 0.8 % of their spread; weights rounded to bf16
@@ -301,7 +302,7 @@ _HEADINGS = "".join(f"{heading:>10}" for heading in ("median", "95 %", "max", "m
 
 
 def _bound(kind: Kind) -> str:
-    return "known by hash" if kind == "calibrated" else f"bound {WEIGHT_BOUNDS[kind]:.2g}"
+    return "known by hash" if isinf(WEIGHT_BOUNDS[kind]) else f"bound {WEIGHT_BOUNDS[kind]:.2g}"
 
 
 def _line(label: str, distances: Distances) -> str:

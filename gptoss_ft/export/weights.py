@@ -22,7 +22,7 @@ from gptoss_ft.model.checkpoint import Checkpoint
 
 CHUNK_ROWS = 4096
 
-Kind = Literal["copied", "update", "bf16", "q8_0", "mxfp4", "merged", "calibrated"]
+Kind = Literal["copied", "update", "bf16", "q8_0", "mxfp4", "merged", "calibrated", "bias"]
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,10 @@ def checkpoint_distances(
                     yield WeightDistance(name, "calibrated", worst, expert, packed_digest(*packed) != wanted_digest)
         elif wanted_digest := (biases or {}).get(name):
             found_EO = export.read(name)
-            altered = tensor_digest(found_EO.bfloat16()) != wanted_digest
-            yield WeightDistance(name, "calibrated", worst_block(base.read(name), found_EO), altered=altered)
+            # GGUF holds them in fp32, where damage may be too small for bf16 to show.
+            is_bf16 = torch.equal(found_EO.float(), found_EO.bfloat16().float())
+            altered = not is_bf16 or tensor_digest(found_EO.bfloat16()) != wanted_digest
+            yield WeightDistance(name, "bias", worst_block(base.read(name), found_EO), altered=altered)
         elif merged_training and name not in rounded and delta and (factors := delta.factors()):
             target_OK = merge_bf16(base.read(name), factors[1], factors[0], delta.scaling)
             yield WeightDistance(name, "merged", worst_block(target_OK, export.read(name)))

@@ -322,6 +322,10 @@ def test_calibrated_experts_are_known_by_what_was_written(wide, tmp_path):
         noted = calibrated_in(out)
         assert not check_weights(base, wide.adapter, contents, noted).outside
         assert bias in [w.place for w in check_weights(base, wide.adapter, contents, Noted(noted.experts)).outside]
+    # GGUF's are fp32: one that is not what bf16 can hold was not written so.
+    flip_byte(tmp_path / "gguf" / "model.gguf", "blk.1.ffn_gate_exps.bias", 0)
+    _, contents = open_export(base, tmp_path / "gguf")
+    assert [w.place for w in check_weights(base, wide.adapter, contents, noted).outside] == [bias]
 
 
 def flip_byte(file, tensor, number):

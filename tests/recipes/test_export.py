@@ -1,6 +1,7 @@
 """`gptoss-ft export` from a run folder: the right base, records that stay apart, damaged files named."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -20,6 +21,7 @@ from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.distance import quantile
 from gptoss_ft.export.fingerprint import base_fingerprint, check_fingerprint, write_fingerprint
+from gptoss_ft.files import partial_of
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
@@ -214,6 +216,15 @@ def test_what_cannot_be_calibrated_is_refused(run, small_bases, tmp_path, capsys
     assert main(["export", f"run={run}", *words, "rounding=calibrated", f"out={tmp_path / 'out'}"]) != 0
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_second_calibrated_export_gives_way_before_it_begins(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    first = partial_of(out).with_name(partial_of(out).name.replace(str(os.getpid()), str(os.getppid())))
+    first.mkdir()
+    assert main(["export", f"run={run}", "format=mxfp4", "rounding=calibrated", f"out={out}"]) == 1
+    assert f"out is being written by process {os.getppid()} " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == [first.name]
 
 
 def test_calibration_samples_are_whole_and_within_the_budget(four_rows, tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -150,6 +151,7 @@ def test_folders_of_ended_processes_are_removed_and_no_others(tmp_path):
     assert abandoned.exists()
     others = [partial_named_for(os.getppid(), tmp_path / "other"), partial_named_for(writer.pid, tmp_path / "other")]
     others.append(tmp_path / f".out.partial-another-machine-{writer.pid}")
+    others.append(tmp_path / f".out.partial-{platform.node()}-2-{os.getppid()}")
     for folder in others:
         folder.mkdir()
     with whole_folder(out):
