@@ -18,7 +18,8 @@ class UpdateStats:
 
     With base W, wanted update D and written weight W': squared norms of W, D and of the error W' - W - D, the
     product <W' - W, D>, the number of elements, and of those whose value changed. Of a calibrated rounding also the
-    squared norms, over held-out inputs, of what is wrong with the outputs of the base's weight and of the written one.
+    squared norms, for inputs that were not fitted, of what is wrong with the outputs of what the base holds and of what
+    was written.
     """
 
     base_sq: float = 0.0

@@ -1,12 +1,15 @@
 """A tiny base with the real vocabulary and a few real rows, shared by the recipes' tests."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
 import gptoss_ft
 from gptoss_ft.model.init import init_checkpoint
+from gptoss_ft.recipes import sft
 
 QUICKSTART = Path(gptoss_ft.__file__).parent / "assets" / "quickstart"
 
@@ -27,3 +30,34 @@ def four_rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "four.jsonl"
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
+
+
+class StopAfter(TrainerCallback):
+    """Ends training in the middle, as a crash would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def stopping_after(monkeypatch):
+    """`with stopping_after(step):` training is interrupted at the end of that step."""
+
+    @contextmanager
+    def stopping(step):
+        make_trainer = sft.make_trainer
+
+        def interrupted(*args):
+            trainer = make_trainer(*args)
+            trainer.add_callback(StopAfter(step))
+            return trainer
+
+        with monkeypatch.context() as patched:
+            patched.setattr(sft, "make_trainer", interrupted)
+            yield
+
+    return stopping

@@ -8,7 +8,6 @@ import sys
 import gguf
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from gptoss_ft.adapters.merged import compute_merged
 from gptoss_ft.adapters.save import load_adapter
@@ -162,30 +161,14 @@ def one_thread():
     torch.set_num_threads(num_threads)
 
 
-class StopAfter(TrainerCallback):
-    """Ends training in the middle, as a crash would."""
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-
 def test_a_resumed_run_exports_the_bytes_of_one_that_was_never_interrupted(
-    tiny_base, four_rows, tmp_path, monkeypatch, one_thread
+    tiny_base, four_rows, tmp_path, stopping_after, one_thread
 ):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     more = ["trainer.save_steps=2", "trainer.max_steps=4", "export.formats=[mxfp4]"]
     assert main(["train", *words(whole, tiny_base, four_rows, *more)]) == 0
 
-    make_trainer = sft.make_trainer
-
-    def interrupted(*args):
-        trainer = make_trainer(*args)
-        trainer.add_callback(StopAfter())
-        return trainer
-
-    with monkeypatch.context() as patched:
-        patched.setattr(sft, "make_trainer", interrupted)
+    with stopping_after(3):
         assert main(["train", *words(broken, tiny_base, four_rows, *more)]) == 130
     assert not (broken / "export").exists()
     assert main(["train", *words(broken, tiny_base, four_rows, *more, "run.resume=true")]) == 0

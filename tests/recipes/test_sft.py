@@ -9,7 +9,6 @@ from itertools import pairwise
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from gptoss_ft.cli import main
 from gptoss_ft.config.load import load_train_config
@@ -90,32 +89,13 @@ def test_bad_rows_stop_the_run_before_anything_is_written(tiny_base, four_rows, 
     assert not run.exists() and not (tmp_path / "new_base").exists()
 
 
-class StopAfter(TrainerCallback):
-    """Ends training in the middle, as a crash would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def test_a_resumed_run_equals_one_that_was_never_interrupted(tiny_base, four_rows, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_one_that_was_never_interrupted(tiny_base, four_rows, tmp_path, stopping_after):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     more = ["trainer.save_steps=2", "trainer.max_steps=6", "adapter.dropout=0.1"]
     assert main(["train", *words(whole, tiny_base, four_rows, *more)]) == 0
 
-    make_trainer = sft.make_trainer
-
-    def interrupted(*args):
-        trainer = make_trainer(*args)
-        trainer.add_callback(StopAfter(5))
-        return trainer
-
-    monkeypatch.setattr(sft, "make_trainer", interrupted)
-    assert main(["train", *words(broken, tiny_base, four_rows, *more)]) == 130
-    monkeypatch.undo()
+    with stopping_after(5):
+        assert main(["train", *words(broken, tiny_base, four_rows, *more)]) == 130
     assert not (broken / "adapter").exists()
     assert main(["train", *words(broken, tiny_base, four_rows, *more, "run.resume=true")]) == 0
 
