@@ -67,7 +67,7 @@ class PairedRounding:
             part[rows] for part in (self.update.blocks, self.update.scales, self.update.bias)
         )
         target = self.update.target(rows)
-        blocks, scales, _ = self.rounding.round(self._wanted(target, rows), base_blocks, base_scales)
+        blocks, scales = self.rounding.round(self._wanted(target, rows), base_blocks, base_scales)
         base, written = (
             dequantize_mxfp4(*packed, torch.float32) for packed in ((base_blocks, base_scales), (blocks, scales))
         )

@@ -9,8 +9,6 @@ the inputs held out. A row that does not come nearer to its outputs by that is r
 bytes, whichever is best.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,6 @@ from gptoss_ft.kernels.codec import even_scales, quantize_mxfp4
 from gptoss_ft.kernels.dispatch import dequantize_mxfp4
 from gptoss_ft.kernels.merging import round_near
 from gptoss_ft.kernels.reference import BLOCK_SIZE, scale_values
-from gptoss_ft.mxfp4.round import UpdateStats, measure_update
 from gptoss_ft.mxfp4.sweeps import LEAST_DAMPING, MAX_PASSES, Sweeps
 
 # An eighth of the inputs is held out, or more of few, a quarter at most.
@@ -99,14 +96,11 @@ class CalibratedRounding:
         self.ratio, self.optimism = attempts[best[1]]
         return best[1]
 
-    def round(self, target: Tensor, base_blocks: Tensor, base_scales: Tensor) -> tuple[Tensor, Tensor, UpdateStats]:
+    def round(self, target: Tensor, base_blocks: Tensor, base_scales: Tensor) -> tuple[Tensor, Tensor]:
         """Round `target` [O, K], fp32, near a base of blocks [O, G, 16] and scales [O, G], a row independent of others.
 
-        Scales are those of `round_near`, or finer.
-
         Returns:
-            Blocks, scales, and how the result compares with target - base, its outputs by what the trial tells of
-            inputs that were not fitted.
+            Blocks, and scales, which are those of `round_near` or finer.
         """
         base = dequantize_mxfp4(base_blocks, base_scales, torch.float32)
         nearest_blocks, nearest_scales = round_near(target, base_blocks, base_scales)
@@ -120,9 +114,7 @@ class CalibratedRounding:
         packed = ((base_blocks, base_scales), (nearest_blocks, nearest_scales), quantize_mxfp4(rounded, scales))
         rows = torch.arange(len(best), device=best.device)
         blocks, scales = (torch.stack(parts)[best, rows] for parts in zip(*packed, strict=True))
-        stats = measure_update(base, target, dequantize_mxfp4(blocks, scales, torch.float32))
-        output_sq, output_error_sq = costs[0].sum().item(), costs[best, rows].sum().item()
-        return blocks, scales, replace(stats, output_sq=output_sq, output_error_sq=output_error_sq)
+        return blocks, scales
 
     def _choose(self, costs: Tensor, is_base: Tensor) -> Tensor:
         """For each row the number of its least cost: base, nearest, or calibrated unless it `is_base`."""

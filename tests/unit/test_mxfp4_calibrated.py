@@ -44,10 +44,8 @@ def test_updates_that_nearest_rounding_loses_survive_along_correlated_inputs(rel
     base, update, blocks, scales, seen, unseen = problem(relative_update, correlated=True, aligned=True)
     nearest_blocks, nearest_scales, _ = round_merged(base + update, blocks, scales)
     assert output_error(nearest_blocks, nearest_scales, base, update, unseen) > 1.5 * bound
-    got_blocks, got_scales, stats = rounding_of(seen, base, update, blocks, scales).round(base + update, blocks, scales)
-    error = output_error(got_blocks, got_scales, base, update, unseen)
-    assert error < bound
-    assert stats.output_error == pytest.approx(error, rel=0.15)
+    got = rounding_of(seen, base, update, blocks, scales).round(base + update, blocks, scales)
+    assert output_error(*got, base, update, unseen) < bound
 
 
 @pytest.mark.parametrize("relative_update", [0.001, 0.01, 0.05, 0.2])
@@ -57,16 +55,15 @@ def test_the_result_is_never_worse_than_the_base(relative_update, correlated, nu
     base, update, blocks, scales, seen, unseen = problem(
         relative_update, correlated=correlated, aligned=False, num_inputs=num_inputs
     )
-    got_blocks, got_scales, _ = rounding_of(seen, base, update, blocks, scales).round(base + update, blocks, scales)
-    assert output_error(got_blocks, got_scales, base, update, unseen) <= 1
+    got = rounding_of(seen, base, update, blocks, scales).round(base + update, blocks, scales)
+    assert output_error(*got, base, update, unseen) <= 1
 
 
 def test_rows_that_do_not_win_keep_the_bytes_of_the_base():
     base, update, blocks, scales, seen, _ = problem(0.001, correlated=False, aligned=False)
     blocks = blocks | (blocks == 0).to(torch.uint8) * 8  # negative zeros, which rounding anew would not write
-    got_blocks, got_scales, stats = rounding_of(seen, base, update, blocks, scales).round(base + update, blocks, scales)
+    got_blocks, got_scales = rounding_of(seen, base, update, blocks, scales).round(base + update, blocks, scales)
     assert torch.equal(got_blocks, blocks) and torch.equal(got_scales, scales)
-    assert stats.num_changed == 0 and stats.output_error == 1
 
 
 def test_few_inputs_are_enough_where_an_update_follows_them():
@@ -74,7 +71,7 @@ def test_few_inputs_are_enough_where_an_update_follows_them():
     target = base + update
     rounding = rounding_of(seen, base, update, blocks, scales)
     got = rounding.round(target, blocks, scales)
-    assert output_error(*got[:2], base, update, unseen) < 0.38
+    assert output_error(*got, base, update, unseen) < 0.38
     # All of them were fitted, those of the trial too.
     moment = (seen.T @ seen / len(seen))[rounding.order][:, rounding.order]
     torch.testing.assert_close(rounding.sweeps.H, Sweeps(moment, rounding.sweeps.damping).H)
@@ -89,7 +86,7 @@ def test_coarse_scales_of_a_base_become_finer():
     assert torch.equal(reference.dequantize_mxfp4(*fine, torch.float32), base)
     assert (coarse[1] != fine[1]).float().mean() > 0.2
     errors = [
-        output_error(*rounding_of(seen, base, update, *packed).round(base + update, *packed)[:2], base, update, unseen)
+        output_error(*rounding_of(seen, base, update, *packed).round(base + update, *packed), base, update, unseen)
         for packed in (coarse, fine)
     ]
     assert errors[0] == pytest.approx(errors[1], rel=0.03)
@@ -101,7 +98,7 @@ def test_rows_take_the_best_of_base_nearest_and_calibrated():
     nearest_blocks, nearest_scales, _ = round_merged(base + update, blocks, scales)
     nearest = output_error(nearest_blocks, nearest_scales, base, update, unseen)
     assert nearest < 0.97
-    assert output_error(*got[:2], base, update, unseen) < nearest + 0.01
+    assert output_error(*got, base, update, unseen) < nearest + 0.01
     # By rows, since neither is the best for all of them.
     assert 0.05 < (got[0] == nearest_blocks).flatten(1).all(1).float().mean() < 1
 
@@ -117,7 +114,7 @@ def test_rows_do_not_depend_on_the_rows_beside_them():
 
 def test_inputs_of_zeros_and_too_few_inputs():
     base, update, blocks, scales, *_ = problem(0.05, correlated=False, aligned=False)
-    got_blocks, _, _ = rounding_of(torch.zeros(MIN_INPUTS, K), base, update, blocks, scales).round(
+    got_blocks, _ = rounding_of(torch.zeros(MIN_INPUTS, K), base, update, blocks, scales).round(
         base + update, blocks, scales
     )
     assert torch.equal(got_blocks, blocks)
