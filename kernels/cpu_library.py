@@ -4,6 +4,7 @@ The library is built when the package is installed; nothing is compiled here. Pr
 """
 
 import ctypes
+import hashlib
 import os
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -18,6 +19,9 @@ from torch import Tensor
 from gptoss_ft.kernels.reference import BLOCK_SIZE
 
 LIBRARY_NAME = "libgptoss_ft_cpu.so"
+# What the library was built from. It lies here in a checkout, which an editable install runs; wheels have none of it.
+SOURCES = Path(__file__).with_name("cpu")
+NOT_BUILT = "the CPU library was not built: install gptoss-ft again where g++ or clang is found"
 ISA_VARIABLE = "GPTOSS_FT_CPU_ISA"
 # In the order of the library's numbers: a processor that runs one runs all before it.
 ISAS = ("portable", "avx2", "avx512bf16")
@@ -46,9 +50,39 @@ def library_file() -> Path | None:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """`library_file`, loaded."""
-    found = library_file()
-    return None if found is None else ctypes.CDLL(str(found))
+    """`library_file`, loaded; None where `fault` has a reason."""
+    return None if fault() else ctypes.CDLL(str(library_file()))
+
+
+@cache
+def fault() -> str:
+    """Why there is no library that can be called, with the cure; empty if there is one."""
+    file = library_file()
+    if file is None:
+        return NOT_BUILT
+    # Functions of other sources may take other arguments: calling one could end the process.
+    if SOURCES.is_dir() and digest_in(ctypes.CDLL(str(file))) != digest_of(SOURCES):
+        return (
+            f"the CPU library was built from other sources than those in {SOURCES}: "
+            f"run `pip install -e {SOURCES.parents[1]}` again"
+        )
+    return ""
+
+
+def digest_in(loaded: ctypes.CDLL) -> str:
+    """`digest_of` the sources that a library was built from; empty if it is too old to say."""
+    sources = getattr(loaded, "gptoss_ft_sources", None)
+    if sources is None:
+        return ""
+    sources.argtypes, sources.restype = (), ctypes.c_char_p
+    return sources().decode()
+
+
+def digest_of(folder: Path) -> str:
+    """SHA-256 of the names and contents of sources, as cpu/CMakeLists.txt computes it."""
+    names = sorted(path.name for pattern in ("*.cpp", "*.h", "CMakeLists.txt") for path in folder.glob(pattern))
+    lines = [f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n" for name in names]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @cache
@@ -56,11 +90,11 @@ def function(name: str, *arguments: Any, result: Any = INT) -> Any:
     """A function of the library by its C name and types.
 
     Raises:
-        RuntimeError: if the library was not built.
+        RuntimeError: if there is no library.
     """
     loaded = library()
     if loaded is None:
-        raise RuntimeError(f"{LIBRARY_NAME} was not built: reinstall gptoss-ft where g++ or clang is found")
+        raise RuntimeError(fault())
     found = getattr(loaded, name)
     found.argtypes, found.restype = arguments, result
     return found
@@ -101,8 +135,8 @@ def unavailable(isa: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     if device.type != "cpu":
         return f"it computes on the CPU, not on {device.type}"
-    if library() is None:
-        return "the CPU library was not built: install gptoss-ft again where g++ or clang is found"
+    if reason := fault():
+        return reason
     if isa not in supported_isas():
         return MISSING[isa]
     if dtype not in DTYPES:

@@ -195,8 +195,8 @@ def machine_facts() -> Iterator[tuple[str, str]]:
     memory = psutil.virtual_memory()
     yield "cpu", f"{verdicts.cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in use"
     yield "memory", f"{memory.available / GIB:.1f} GiB available of {memory.total / GIB:.1f}"
-    if cpu_library.library() is None:
-        yield "cpu library", "not built: install gptoss-ft again where g++ or clang is found"
+    if reason := cpu_library.fault():
+        yield "cpu library", reason.removeprefix("the CPU library was ")
     else:
         forced = os.environ.get(cpu_library.ISA_VARIABLE)
         uses = cpu_library.selected_isa() + (f" ({cpu_library.ISA_VARIABLE} forces it)" if forced else "")

@@ -55,6 +55,9 @@ int status_of(const Body& body) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+// Digest of the sources that this was built from, which CMakeLists.txt computes.
+EXPORT const char* gptoss_ft_sources() { return GPTOSS_FT_SOURCES; }
+
 // The value of Isa that suits this processor best; it supports all lower ones too.
 EXPORT int gptoss_ft_best_isa() {
 #ifdef GPTOSS_FT_X86

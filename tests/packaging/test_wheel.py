@@ -116,6 +116,23 @@ def test_packed_experts_run_in_the_library(installed, tmp_path):
         assert implementation.startswith("cpu/") and "was not built" not in str(refused)
 
 
+@needs_compiler
+@pytest.mark.parametrize("installed", ["editable"], indirect=True)
+def test_a_library_of_other_sources_does_not_run(installed, tmp_path):
+    binaries, checkout = installed
+    header = checkout / "kernels" / "cpu" / "grouped.h"
+    built_from = header.read_bytes()
+    header.write_bytes(built_from + b"// changed\n")
+    try:
+        choices = json.loads(run(binaries / "python", "-c", PROBE, cwd=tmp_path))
+    finally:
+        header.write_bytes(built_from)
+    assert choices
+    for implementation, refused in choices:
+        assert implementation == "torch"
+        assert all(f"`pip install -e {checkout}` again" in reason for _, reason, _ in refused)
+
+
 @pytest.mark.parametrize("options", [[], ["--editable"]], ids=["plain", "editable"])
 def test_without_a_compiler_the_package_installs_and_says_what_runs_instead(options, tmp_path):
     checkout = copy_checkout(tmp_path / "checkout")

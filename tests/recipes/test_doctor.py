@@ -98,7 +98,7 @@ def test_what_an_earlier_process_found_is_not_believed(monkeypatch, request):
 
 
 def test_without_the_library_it_says_what_that_means_and_the_cure(monkeypatch, capsys):
-    monkeypatch.setattr(cpu_library, "library", lambda: None)
+    monkeypatch.setattr(cpu_library, "fault", lambda: cpu_library.NOT_BUILT)
     assert main(["doctor", "device=cpu"]) == 0
     text = capsys.readouterr().out
     assert "cpu library   not built: install gptoss-ft again where g++ or clang is found\n" in text

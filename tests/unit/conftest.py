@@ -24,6 +24,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     sources = sorted((root / "kernels" / "cpu").glob("*.cpp"))
     # AVX2 for all functions: with and without it, they pass vectors of 32 bytes in different places.
     flags = ["-std=c++17", "-O1", "-w", "-mavx2", "-mfma", "-fPIC", "-shared", "-pthread", "-DGPTOSS_FT_X86"]
+    flags += ['-DGPTOSS_FT_SOURCES="emulated"']
     flags += ["-ffp-contract=off"]  # which kernels/cpu/CMakeLists.txt sets for merge.cpp
     flags += ['-DAVX512_FEATURES="avx2,fma"', f"-I{root / 'tests' / 'emulation'}"]
     done = subprocess.run([compiler, *flags, *sources, "-o", library], capture_output=True, text=True)

@@ -127,7 +127,7 @@ def test_an_instruction_set_that_does_not_run_here_is_an_error(monkeypatch):
 
 
 def test_without_a_library_the_reference_runs_and_one_line_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(cpu_library, "library", lambda: None)
+    monkeypatch.setattr(cpu_library, "fault", lambda: cpu_library.NOT_BUILT)
     with caplog.at_level(logging.INFO):
         results = [dispatch.grouped_linear(*operands()) for _ in range(2)]
         dispatch.dequantize_mxfp4(*DEQUANTIZE_MXFP4.call(Draw(CPU, BF16), AWKWARD).args)

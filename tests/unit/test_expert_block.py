@@ -121,7 +121,7 @@ def test_fp64_runs_in_the_reference_and_equals_autograd(packed):
 
 
 def test_plain_torch_runs_without_a_library(monkeypatch, assert_as_exact_as_torch):
-    monkeypatch.setattr(cpu_library, "library", lambda: None)
+    monkeypatch.setattr(cpu_library, "fault", lambda: cpu_library.NOT_BUILT)
     layer = Layer(dtype=torch.bfloat16)
     truth = layer.run(layer.plain, torch.float64)
     for name, *results in zip(("out", *NAMES), layer.run(layer.block), layer.run(layer.plain), truth, strict=True):
