@@ -6,11 +6,13 @@
 Random weights, and a random adapter on attention and every expert of all layers. The base checkpoint is written to
 `--base` if it is not there (13.8 GB); what was merged is removed again (13.8 GB, as `bf16` 41.8 GB). Rounding is to
 nearest, or with `--calibration-tokens` for inputs that the model has on so many random tokens, in rows of 512.
+Whatever has no update is read back: a bit that is not the base's ends the benchmark.
 
     seconds         calibrating, merging and writing, by the clock, with the hashes in manifest.json
     private_gb      most anonymous memory the process held: the adapter (twice where calibrated), what is being merged
     adapter_gb      the adapter's factors
     out_gb          what was written
+    same_tensors    tensors without an update that have the base's bits
 """
 
 import argparse
@@ -18,7 +20,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,13 +33,17 @@ from gptoss_ft.adapters.save import load_adapter, save_adapter
 from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.calibrate import Calibration
 from gptoss_ft.export.deltas import LowRankDelta
+from gptoss_ft.export.gguf_read import GgufModel
 from gptoss_ft.export.merge import MergeFormat, merge
+from gptoss_ft.export.verify import open_export
+from gptoss_ft.export.weights import expert_weight
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
 from gptoss_ft.model.spec import SPECS
 
 ROW_TOKENS = 512
+CHUNK_ROWS = 4096
 FORMATS = ("mxfp4", "bf16", "original", "gguf", "gguf_q8_0")
 
 
@@ -91,9 +97,11 @@ def measure(
         start = time.perf_counter()
         calibrate = calibration(checkpoint, adapter, deltas, num_tokens) if num_tokens else None
         try:
-            print(merge(checkpoint, deltas, out, format=format, calibrate=calibrate))
+            report = merge(checkpoint, deltas, out, format=format, calibrate=calibrate)
             seconds = time.perf_counter() - start
+            print(report)
             num_bytes = sum(file.stat().st_size for file in out.iterdir())
+            num_same = check_the_rest(checkpoint, out, deltas.keys() | report.biases.keys())
         finally:
             shutil.rmtree(out, ignore_errors=True)
     factors = sum(delta.A.nbytes + delta.B.nbytes for delta in deltas.values())
@@ -102,7 +110,35 @@ def measure(
         "private_gb": private() / 1e9,
         "adapter_gb": factors / 1e9,
         "out_gb": num_bytes / 1e9,
+        "same_tensors": num_same,
     }
+
+
+def check_the_rest(base: Checkpoint, out: Path, changed: Collection[str]) -> int:
+    """Compare every tensor but the changed ones, experts of a bf16 export by their numbers; returns how many."""
+    _, export = open_export(base, out)
+    if isinstance(export, GgufModel):
+        changed = {*changed, *export.rounded}
+    num_same = 0
+    for name, tensor in base.tensor_specs().items():
+        weight = name.removesuffix("_blocks").removesuffix("_scales")
+        if weight in changed or (export.layout == "bf16" and name.endswith("_scales")):
+            continue
+        # An expert, or as many rows of a matrix, at once.
+        is_stack = len(tensor.shape) > 2
+        rows = 1 if is_stack else CHUNK_ROWS
+        for start in range(0, tensor.shape[0], rows):
+            stop = min(start + rows, tensor.shape[0])
+            if is_stack and export.layout == "bf16":
+                pair = [expert_weight(model, weight, start) for model in (base, export)]
+            else:
+                pair = [model.read(name, start, stop) for model in (base, export)]
+            # GGUF has norms, sinks and biases in fp32.
+            wanted, found = (part if part.dtype == torch.uint8 else part.float().view(torch.int32) for part in pair)
+            if not torch.equal(wanted, found):
+                raise SystemExit(f"{name} has no update, and from row {start} on it is not what the base holds")
+        num_same += 1
+    return num_same
 
 
 def calibration(base: Checkpoint, adapter: Path, deltas: Mapping[str, LowRankDelta], num_tokens: int) -> Calibration:

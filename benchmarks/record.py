@@ -34,6 +34,7 @@ UNITS = {
     "seconds": "s",
     "_gflops": "GFLOP/s",
     "tokens": "tokens",
+    "tensors": "tensors",
 }
 
 
