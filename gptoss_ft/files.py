@@ -29,7 +29,7 @@ def whole_folder(path: Path | str, *, num_bytes: int = 0) -> Iterator[Path]:
 
     Raises:
         UserError: if `path` exists already or cannot be written, if another process of this machine is writing it, or
-            the disk is (or becomes) full.
+            the disk is (or becomes) full or takes no files of that size.
     """
     path = Path(path)
     with naming_a_bad_place(path):
@@ -167,10 +167,15 @@ def naming_a_bad_place(path: Path) -> Iterator[None]:
 
 @contextmanager
 def naming_a_full_disk(path: Path) -> Iterator[None]:
-    """Turn "no space left on device" into an error that names the output and the cure."""
+    """Turn "no space left on device" and "file too large" into errors that name the output and the cure."""
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise UserError(
+                f"{path} is to hold a larger file than its disk or `ulimit -f` allows: choose a disk whose file system "
+                "takes it (FAT32 ends at 4 GB), or raise the limit, and run again"
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"the disk filled up while writing {path}: free some room and run again") from error

@@ -5,10 +5,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 import gptoss_ft
+from gptoss_ft.adapters.attach import Targets, attach_adapters
+from gptoss_ft.adapters.save import save_adapter
+from gptoss_ft.config.load import compose_train_config, to_yaml
 from gptoss_ft.model.init import init_checkpoint
+from gptoss_ft.model.load import load_base
 from gptoss_ft.recipes import sft
 
 QUICKSTART = Path(gptoss_ft.__file__).parent / "assets" / "quickstart"
@@ -30,6 +35,31 @@ def four_rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "four.jsonl"
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def make_run(small_spec, small_bases):
+    """`make_run(folder)` makes it a run folder as training leaves it, with an adapter that changes its base."""
+
+    def make(folder):
+        base = small_bases["mxfp4"]
+        sizes = {"num_layers": small_spec.num_hidden_layers, "num_experts": small_spec.num_local_experts}
+        model, _ = attach_adapters(load_base(base), Targets.parse(["all"], **sizes), r=2, alpha=4)
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        save_adapter(model, folder / "adapter")
+        words = [f"run.dir={folder}", f"model.path={base}", f"data.path={folder.parent / 'rows.jsonl'}"]
+        (folder / "config.yaml").write_text(to_yaml(compose_train_config(words)))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def run(make_run, tmp_path):
+    return make_run(tmp_path / "run")
 
 
 class StopAfter(TrainerCallback):

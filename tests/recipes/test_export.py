@@ -10,13 +10,10 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
-from gptoss_ft.adapters.attach import Targets, attach_adapters
-from gptoss_ft.adapters.save import save_adapter
 from gptoss_ft.cli import main
-from gptoss_ft.config.load import compose_train_config, to_yaml
+from gptoss_ft.config.load import compose_train_config
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.distance import quantile
@@ -24,28 +21,10 @@ from gptoss_ft.export.fingerprint import base_fingerprint, check_fingerprint, wr
 from gptoss_ft.files import partial_of
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
-from gptoss_ft.model.load import load_base
 from gptoss_ft.recipes.export import Calibrated, calibration_samples, export_run, record_path, rounding_key
 from gptoss_ft.recipes.samples import split_samples
 from gptoss_ft.recipes.verify import verify_run
 from gptoss_ft.training.run_folder import RunFolder
-
-
-@pytest.fixture
-def run(small_spec, small_bases, tmp_path):
-    """A run folder as training leaves it, with an adapter that changes its base."""
-    folder = tmp_path / "run"
-    base = small_bases["mxfp4"]
-    targets = Targets.parse(["all"], num_layers=small_spec.num_hidden_layers, num_experts=small_spec.num_local_experts)
-    model, _ = attach_adapters(load_base(base), targets, r=2, alpha=4)
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    save_adapter(model, folder / "adapter")
-    words = [f"run.dir={folder}", f"model.path={base}", f"data.path={tmp_path / 'rows.jsonl'}"]
-    (folder / "config.yaml").write_text(to_yaml(compose_train_config(words)))
-    return folder
 
 
 def test_the_base_may_move_but_not_change(run, small_spec, small_bases, tmp_path, capsys):

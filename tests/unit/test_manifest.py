@@ -1,10 +1,6 @@
 """manifest.json of exports: its hashes are those of the files, and it is the last file of a whole folder."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from hashlib import sha256
 
 import pytest
@@ -78,35 +74,3 @@ def test_an_export_that_lost_its_end_is_not_loaded(small_bases, tmp_path):
     config.write_text(config.read_text()[:-1])
     with pytest.raises(UserError, match=r"config\.json has \d+ bytes where manifest\.json says"):
         load_base(tmp_path / "out")
-
-
-KILLED = """
-import sys, time
-from pathlib import Path
-from gptoss_ft.export.merge import merge
-from gptoss_ft.model.checkpoint import Checkpoint
-
-def raw(self, name):
-    if "layers.1" in name:
-        print("half", flush=True)
-        time.sleep(60)
-    return raw_at_once(self, name)
-
-raw_at_once, Checkpoint.raw = Checkpoint.raw, raw
-merge(Checkpoint.open(sys.argv[1]), {}, Path(sys.argv[2]), format=sys.argv[3], progress=False)
-"""
-
-
-@pytest.mark.parametrize("format", ["mxfp4", "gguf"])
-def test_a_killed_merge_leaves_nothing_that_the_next_does_not_clean(small_bases, tmp_path, format):
-    out, base = tmp_path / "out", small_bases["mxfp4"]
-    command = [sys.executable, "-c", KILLED, str(base), str(out), format]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "half\n"
-        os.kill(process.pid, signal.SIGKILL)
-    assert not out.exists()
-    (partial,) = tmp_path.iterdir()
-    assert any(file.stat().st_size for file in partial.iterdir())
-    merge(Checkpoint.open(base), {}, out, format=format, progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    check_hashes(out)
