@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo import mark_static
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, create_block_mask, flex_attention
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from gptoss_ft.kernels.gpu import device
 from gptoss_ft.kernels.reference import Tree
@@ -54,15 +54,13 @@ def sink_attention(
     The sink is a logit of each query head that takes part in the softmax and has no value. Where documents are trees, a
     branch does not see its neighbours, and `window` counts levels.
 
-    The first call for a new kind of mask or shape compiles. Masks are kept: those of documents as long as that very
-    tensor, so give every layer of a step the same one.
+    The first call for a new kind of mask or shape compiles. Masks are kept: those of documents and trees as long as
+    these very tensors, so give every layer of a step the same ones, and none that were made in inference mode.
     """
-    if tree is not None:
-        mask = _tree_mask(tree, documents_BS, window)
-    elif documents_BS is None:
+    if tree is None and documents_BS is None:
         mask = _causal_mask(q_BHTD.shape[-2], window, q_BHTD.device)
     else:
-        mask = _documents_mask(documents_BS, window)
+        mask = _documents_mask(documents_BS, tree, window)
     # What differs between two calls becomes a symbol in the code of later ones. Lengths may; but torch's kernel needs
     # the ratio of the numbers of heads as a constant, and the self-check or another model may have had others.
     for states in (q_BHTD, k_BKSD, v_BKSD):
@@ -97,38 +95,52 @@ def _causal_mask(length: int, window: int | None, where: torch.device) -> BlockM
     return _build_mask(_sees(window), (1, length), where)
 
 
-# Documents of a batch, held weakly, with their version when its masks were built, and these by window.
+# By the first tensor that says what documents see, held weakly: all such tensors with their versions when masks were
+# built, and these by window.
 _masks_of_documents: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _documents_mask(documents_BS: Tensor, window: int | None) -> BlockMask:
-    version, masks = _masks_of_documents.get(documents_BS, (None, {}))
-    if version != documents_BS._version:
+def _documents_mask(documents_BS: Tensor | None, tree: Tree | None, window: int | None) -> BlockMask:
+    given = (documents_BS, *(tree or (None, None)))
+    tensors = [tensor for tensor in given if tensor is not None]
+    if any(tensor.is_inference() for tensor in tensors):
+        # These have no version: they may have been written to since.
+        return _build_documents_mask(documents_BS, tree, window)
+    versions = tuple(None if tensor is None else (WeakIdRef(tensor), tensor._version) for tensor in given)
+    known, masks = _masks_of_documents.get(tensors[0], (None, {}))
+    if known != versions:
         masks = {}
-        _masks_of_documents[documents_BS] = (documents_BS._version, masks)
+        _masks_of_documents[tensors[0]] = versions, masks
     if window not in masks:
-        # A mask that held the tensor itself would keep it from ever being dropped.
-        sees = and_masks(_sees(window), _same_document(documents_BS.detach()))
-        masks[window] = _build_mask(sees, documents_BS.shape, documents_BS.device)
+        masks[window] = _build_documents_mask(documents_BS, tree, window)
     return masks[window]
 
 
-def _tree_mask(tree: Tree, documents_BS: Tensor | None, window: int | None) -> BlockMask:
+def _build_documents_mask(documents_BS: Tensor | None, tree: Tree | None, window: int | None) -> BlockMask:
+    # A mask that held the tensors themselves would keep them from ever being dropped.
+    conditions = [_sees(window)] if tree is None else _on_branch(tree, window)
+    if documents_BS is not None:
+        conditions.append(_same_document(documents_BS.detach()))
+    places_BS = documents_BS if tree is None else tree.depths_BS
+    assert places_BS is not None
+    return _build_mask(and_masks(*conditions), places_BS.shape, places_BS.device)
+
+
+def _on_branch(tree: Tree, window: int | None) -> list[MaskMod]:
     depths_BS, until_BS = tree.depths_BS.detach(), tree.visible_until_BS.detach()
 
     def on_branch(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < until_BS[b, key])
 
-    conditions: list[MaskMod] = [on_branch]
-    if window is not None:
+    if window is None:
+        return [on_branch]
+    # As in `_sees`.
+    constant = str(window)
 
-        def near(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return depths_BS[b, query] - depths_BS[b, key] < window
+    def near(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return depths_BS[b, query] - depths_BS[b, key] < int(constant)
 
-        conditions.append(near)
-    if documents_BS is not None:
-        conditions.append(_same_document(documents_BS.detach()))
-    return _build_mask(and_masks(*conditions), depths_BS.shape, depths_BS.device)
+    return [on_branch, near]
 
 
 def _sees(window: int | None) -> MaskMod:
@@ -157,7 +169,9 @@ def _same_document(documents_BS: Tensor) -> MaskMod:
 
 def _build_mask(sees: MaskMod, shape_BS: Sequence[int], where: torch.device) -> BlockMask:
     num_sequences, length = shape_BS
-    return _compiled(create_block_mask)(sees, num_sequences, None, length, length, device=where)
+    # Autograd, which may use it later, keeps no tensor made in inference mode.
+    with torch.inference_mode(False):
+        return _compiled(create_block_mask)(sees, num_sequences, None, length, length, device=where)
 
 
 @cache

@@ -1,13 +1,15 @@
 """`attn_implementation="gptoss_ft"` of transformers: sink attention whose memory is linear in the length.
 
-transformers asks a mask function for a mask once per forward pass and hands it to the attention function of every
-layer. Ours makes no `[T, S]` mask but numbers the documents of keys, `[B, S]`. Packed documents are found where
-`position_ids` start again, which transformers itself does not look at for gpt-oss and so lets them see each other.
+transformers asks a mask function for a mask once per forward pass and kind of layer, and hands it to the attention
+function of each such layer. Ours makes no `[T, S]` mask but numbers the documents of keys, `[B, S]`. Packed documents
+are found where `position_ids` start again, which transformers itself does not look at for gpt-oss and so lets them see
+each other. Mask functions are not given `position_ids` either: the first layer finds the documents, and leaves them in
+the mask for the others.
 
 B batch · T queries · S keys · H query heads · K key/value heads · D head dimension
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,53 @@ ATTENTION = "gptoss_ft"
 PADDING = -1
 
 
+class Documents(NamedTuple):
+    """Which document every key belongs to, int32 `[B, S]` (None: all to one), and the tree it is, if they are trees."""
+
+    numbers_BS: Tensor | None
+    tree: Tree | None = None
+
+    def to(self, device: torch.device) -> "Documents":
+        numbers_BS = None if self.numbers_BS is None else self.numbers_BS.to(device)
+        return Documents(numbers_BS, self.tree and Tree(*(places_BS.to(device) for places_BS in self.tree)))
+
+
+class DocumentMask:
+    """The mask of one forward pass, the same for every layer that it is given to.
+
+    Each layer gets the very same tensors, so that what an attention derives from them is derived once.
+
+    Args:
+        num_keys: S; keys behind it are room of a cache that nothing is in yet.
+        padding_BS: 0, and -1 for padding, int32 `[B, S]`; None if there is none.
+        known: what needs not be found by padding and `position_ids`.
+    """
+
+    def __init__(self, num_keys: int, padding_BS: Tensor | None = None, known: Documents | None = None) -> None:
+        self.num_keys, self._padding_BS, self._found = num_keys, padding_BS, known
+        self._on_device: dict[torch.device, Documents] = {}
+
+    def documents(self, positions_BT: Tensor | None, B: int, T: int, device: torch.device) -> Documents:
+        """What the first call found, on a device.
+
+        Args:
+            positions_BT: `[B, T]` or `[1, T]`; a document begins where they do not rise.
+        """
+        if self._found is None:
+            # Tensors of inference mode do not tell whether they were written to, and nothing derived from them is kept.
+            with torch.inference_mode(False):
+                positions_BT = None if positions_BT is None else positions_BT.to(device)
+                padding_BS = None if self._padding_BS is None else self._padding_BS.to(device)
+                self._found = Documents(_documents(positions_BT, padding_BS, B, T, self.num_keys))
+        if device not in self._on_device:
+            self._on_device[device] = self._found.to(device)
+        return self._on_device[device]
+
+    def contiguous(self) -> "DocumentMask":
+        """Itself: transformers takes masks for tensors when it prepares generation with a cache of fixed size."""
+        return self
+
+
 def key_documents(
     *,
     batch_size: int,
@@ -33,28 +82,28 @@ def key_documents(
     attention_mask: Tensor | None,
     device: torch.device,
     **_: Any,
-) -> Tensor | None:
-    """0 for every key up to the last query's and -1 for padding, int32 `[B, S]`; None if all keys are 0.
+) -> DocumentMask:
+    """A mask that knows of padding and of how many keys there are up to the last query's.
 
     Takes what transformers gives to every mask function. Causality and the window are the attention's own affair. A
     cache of fixed size has room behind the last query's key, which is left out of S.
     """
     S = int(q_offset) + q_length - kv_offset
     if attention_mask is None:
-        return None if kv_length == S else torch.zeros(batch_size, S, dtype=torch.int32, device=device)
+        return DocumentMask(S)
     real_BS = attention_mask[:, kv_offset : kv_offset + S].bool()
-    return None if kv_length == S and real_BS.all() else torch.where(real_BS, 0, PADDING).int()
+    return DocumentMask(S, None if real_BS.all() else torch.where(real_BS, 0, PADDING).int())
 
 
-def tree_mask(document_ids: Tensor, depths: Tensor, visible_until: Tensor) -> Tensor:
-    """What `attention_forward` takes for a mask where documents are trees in depth-first order, int32 `[3, B, T]`.
+def known_documents(document_ids: Tensor, tree: Tree | None = None) -> DocumentMask:
+    """The mask of rows whose documents need not be found.
 
     Args:
         document_ids: `[B, T]`, negative for padding.
-        depths: `[B, T]`, from 0 in each tree.
-        visible_until: `[B, T]`, the first place in the row behind all that grows from a token.
+        tree: if documents are trees in depth-first order.
     """
-    return torch.stack((document_ids, depths, visible_until)).int()
+    tree = tree and Tree(*(places_BT.int() for places_BT in tree))
+    return DocumentMask(document_ids.shape[1], known=Documents(document_ids.int(), tree))
 
 
 def attention_forward(
@@ -62,7 +111,7 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: DocumentMask | None,
     *,
     scaling: float,
     s_aux: Tensor,
@@ -75,31 +124,25 @@ def attention_forward(
 
     Args:
         query: `[B, H, T, D]`; key and value `[B, K, S, D]` with the queries' own keys last but for unused room.
-        attention_mask: what `key_documents` or `tree_mask` returned.
+        attention_mask: what `key_documents` or `known_documents` returned; None if no key is padding or unused.
         s_aux: the sinks, `[H]`.
         position_ids: `[B, T]` or `[1, T]`; a document begins where it does not rise.
 
     Raises:
-        UserError: for a 4-D mask, dropout, or several documents in a row together with a cache.
+        UserError: for another mask, dropout, or several documents in a row together with a cache.
     """
-    if attention_mask is not None and attention_mask.ndim == 3:
-        trees_BS, *places = attention_mask.unbind()
-        out_BHTD = sink_attention(
-            query, key, value, s_aux, scaling=scaling, window=sliding_window, documents_BS=trees_BS, tree=Tree(*places)
-        )
-        return out_BHTD.transpose(1, 2).contiguous(), None
-    if attention_mask is not None and attention_mask.ndim != 2:
+    mask = DocumentMask(key.shape[2]) if attention_mask is None else attention_mask
+    if not isinstance(mask, DocumentMask):
         raise UserError(
-            f"{ATTENTION} attention takes no mask of shape {tuple(attention_mask.shape)}: pass padding as a 2-D "
+            f"{ATTENTION} attention takes no mask of shape {tuple(mask.shape)}: pass padding as a 2-D "
             "attention_mask and packed documents as position_ids, or set model.attn_implementation=eager"
         )
     if dropout:
         raise UserError(f"{ATTENTION} attention has no dropout: set attention_dropout to 0 in the model's config")
-    if attention_mask is not None:
-        key, value = (states[:, :, : attention_mask.shape[1]] for states in (key, value))
-    documents_BS = _documents(position_ids, attention_mask, query.shape[0], query.shape[2], key.shape[2])
+    documents_BS, tree = mask.documents(position_ids, query.shape[0], query.shape[2], query.device)
+    key, value = (states[:, :, : mask.num_keys] for states in (key, value))
     out_BHTD = sink_attention(
-        query, key, value, s_aux, scaling=scaling, window=sliding_window, documents_BS=documents_BS
+        query, key, value, s_aux, scaling=scaling, window=sliding_window, documents_BS=documents_BS, tree=tree
     )
     return out_BHTD.transpose(1, 2).contiguous(), None
 

@@ -14,7 +14,8 @@ from transformers import GptOssConfig
 from transformers.masking_utils import create_causal_mask
 
 from gptoss_ft.errors import UserError
-from gptoss_ft.model.attention import ATTENTION, tree_mask
+from gptoss_ft.kernels.reference import Tree
+from gptoss_ft.model.attention import ATTENTION, known_documents
 
 # An attention that finds documents by itself, where positions restart, would cut branches off from what they grow from.
 TAKE_ANY_MASK = ("eager", "flex_attention")
@@ -42,9 +43,10 @@ def document_masks(
     Raises:
         UserError: for trees under an attention that would take them for documents one after the other.
     """
-    if visible_until is not None and config._attn_implementation == ATTENTION:
-        trees = tree_mask(document_ids, position_ids, visible_until)
-        return {"full_attention": trees, "sliding_attention": trees}
+    if config._attn_implementation == ATTENTION:
+        tree = None if visible_until is None else Tree(position_ids, visible_until)
+        mask_of_all = known_documents(document_ids, tree)
+        return {"full_attention": mask_of_all, "sliding_attention": mask_of_all}
     if visible_until is not None and config._attn_implementation not in TAKE_ANY_MASK:
         raise UserError(
             f"model.attn_implementation={config._attn_implementation} cannot tell the branches of a tree apart: "

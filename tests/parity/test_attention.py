@@ -1,16 +1,23 @@
 """`attn_implementation="gptoss_ft"` against transformers' eager attention, on the same model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from gptoss_ft.errors import UserError
 from gptoss_ft.kernels.reference import sink_attention
+from gptoss_ft.model import attention
+from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
+from gptoss_ft.training.loss import last_hidden_state, model_inputs
 
 # Both kinds of layer see more than their window (8) here, and rows are no multiple of anything.
 LENGTH = 37
@@ -172,6 +179,129 @@ def test_a_new_document_cannot_continue_a_cache(models, ids):
     past = models[1](ids[:, :10], use_cache=True).past_key_values
     with pytest.raises(UserError, match="use_cache=False"):
         models[1](ids[:, 10:14], position_ids=torch.tensor([[10, 11, 0, 1]]), past_key_values=past, use_cache=True)
+
+
+@pytest.fixture(scope="module")
+def deep(small_spec, tmp_path_factory):
+    """Ours with three layers of each kind."""
+    folder = init_checkpoint(replace(small_spec, num_hidden_layers=6), tmp_path_factory.mktemp("deep"), progress=False)
+    return load_base(folder, dtype=torch.float32, attn_implementation="gptoss_ft")
+
+
+class Searches(TorchDispatchMode):
+    """Counts how often documents are looked for, by an operation that nothing else in a step needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.cummax.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Which documents and trees the attention of every layer was told of, in order."""
+    found = []
+
+    def recorded(*operands, documents_BS, tree, **settings):
+        found.append((documents_BS, tree))
+        return dispatched(*operands, documents_BS=documents_BS, tree=tree, **settings)
+
+    dispatched = attention.sink_attention
+    monkeypatch.setattr(attention, "sink_attention", recorded)
+    return found
+
+
+def packed(ids, *lengths):
+    """A batch as for training: documents of these lengths in each row, and padding in the rest of it."""
+    numbers = torch.tensor([*range(len(lengths)), -1]).repeat_interleave(
+        torch.tensor([*lengths, LENGTH - sum(lengths)])
+    )
+    positions = torch.cat([*(torch.arange(length) for length in lengths), torch.zeros(LENGTH - sum(lengths)).long()])
+    batch = {"document_ids": numbers.expand(2, -1), "position_ids": positions.expand(2, -1)}
+    return batch | {"input_ids": ids, "attention_mask": (batch["document_ids"] >= 0).long()}
+
+
+@contextmanager
+def checkpointing(model) -> Iterator[None]:
+    model.train().activation_checkpointing_enable()
+    yield
+    model.activation_checkpointing_disable()
+    model.eval()
+
+
+def test_documents_are_looked_for_once_for_each_kind_of_layer(deep, ids, told):
+    batch = packed(ids, 11, 20)
+    given = {"input_ids": ids, "position_ids": batch["position_ids"], "attention_mask": batch["attention_mask"]}
+    for inputs in ({"input_ids": ids}, given):
+        for mode in (torch.no_grad(), torch.inference_mode()):
+            told.clear()
+            with mode, Searches() as searches:
+                deep(**inputs)
+            assert searches.count == 2 and len(told) == 6
+            for kind in (told[::2], told[1::2]):
+                ((documents, tree),) = {id(numbers): (numbers, tree) for numbers, tree in kind}.values()
+                assert tree is None and (documents is None) == (inputs is not given)
+                # flex_attention keeps masks only by tensors that tell of changes.
+                assert documents is None or not documents.is_inference()
+
+
+@pytest.mark.parametrize("trees", [False, True])
+def test_training_tells_all_layers_of_the_documents_that_it_knows(deep, ids, told, trees):
+    batch = packed(ids, 11, 20)
+    if trees:
+        batch["visible_until"] = torch.full_like(ids, LENGTH)
+    embedding = deep.get_input_embeddings().weight.requires_grad_()
+    found = []
+    for recomputed in (False, True):
+        told.clear()
+        with checkpointing(deep) if recomputed else torch.enable_grad(), Searches() as searches:
+            hidden = last_hidden_state(deep, deep, model_inputs(deep, batch))
+            (gradient,) = torch.autograd.grad(hidden[batch["document_ids"] >= 0].square().sum(), embedding)
+        found.append((hidden.detach(), gradient))
+        assert searches.count == 0 and len(told) == 12 if recomputed else 6
+        documents, tree = told[0]
+        assert all(numbers is documents for numbers, _ in told)
+        assert torch.equal(documents, batch["document_ids"]) and (tree is not None) == trees
+        for _, other in told:
+            assert tree is other or all(mine is first for mine, first in zip(other, tree, strict=True))
+    embedding.requires_grad_(False)
+    for first, again in zip(*found, strict=True):
+        assert first.abs().max() > 0 and torch.equal(again, first)
+    # And they are the documents that positions and padding show.
+    with torch.no_grad():
+        shown = deep.model(ids, position_ids=batch["position_ids"], attention_mask=batch["attention_mask"])
+    real = batch["document_ids"] >= 0
+    assert_close(shown[0][real], found[0][0][real])
+
+
+def test_documents_found_with_a_gradient_are_there_when_layers_are_recomputed(deep, ids, told):
+    positions = packed(ids, 11, 26)["position_ids"]
+    embedding = deep.get_input_embeddings().weight.requires_grad_()
+    (expected,) = torch.autograd.grad(deep(ids, position_ids=positions).logits.square().sum(), embedding)
+    told.clear()
+    with checkpointing(deep), Searches() as searches:
+        loss = deep(ids, position_ids=positions, use_cache=False).logits.square().sum()
+        (gradient,) = torch.autograd.grad(loss, embedding)
+    embedding.requires_grad_(False)
+    assert searches.count == 2 and len(told) == 12 and len({id(documents) for documents, _ in told}) == 2
+    assert torch.equal(gradient, expected)
+
+
+@torch.no_grad()
+def test_positions_may_be_written_to_between_passes_and_shared_by_models(models, deep, ids):
+    positions = packed(ids, 11, 26)["position_ids"].clone()
+    one = torch.arange(LENGTH).expand(2, -1)
+    expected = [
+        [model(ids, position_ids=kept.clone()).logits for model in (models[1], deep)] for kept in (positions, one)
+    ]
+    assert not any(torch.allclose(*logits) for logits in zip(*expected, strict=True))
+    for logits in expected:
+        for model, truth in zip((models[1], deep), logits, strict=True):
+            assert torch.equal(model(ids, position_ids=positions).logits, truth)
+        positions.copy_(one)
 
 
 def test_dropout_is_refused(models, ids):

@@ -151,19 +151,68 @@ def test_lengths_may_differ_between_calls_but_heads_and_windows_stay_constants(m
     assert any("133" in part.code for part in attend.modules() if isinstance(part, torch.fx.GraphModule))
 
 
-def test_a_mask_is_built_once_for_a_tensor_of_documents_and_dropped_with_it():
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grows with every mask that is built and not taken from those that are kept."""
+    found: list[object] = []
+    build = flex_attention._build_mask
+    monkeypatch.setattr(flex_attention, "_build_mask", lambda *given: found.append(given) or build(*given))
+    return found
+
+
+def forked_tree() -> reference.Tree:
+    """In each row a branch of T/2 tokens beside another, from the first quarter."""
+    depths, until = torch.arange(T).repeat(B, 1), torch.full((B, T), T)
+    depths[:, T // 2 :] -= T // 4
+    until[:, T // 4 : T // 2] = T // 2
+    return reference.Tree(depths, until)
+
+
+@pytest.mark.parametrize("trees", [False, True])
+def test_a_mask_is_built_once_for_the_tensors_that_tell_of_documents_and_dropped_with_them(built, trees):
     documents, masks = packed_documents(), flex_attention._masks_of_documents
+    tree = forked_tree() if trees else None
     gc.collect()
     before = len(masks)
-    mask = flex_attention._documents_mask(documents, 7)
-    assert flex_attention._documents_mask(documents, 7) is mask
-    assert flex_attention._documents_mask(documents, None) is not mask
+    mask = flex_attention._documents_mask(documents, tree, 7)
+    assert flex_attention._documents_mask(documents, tree, 7) is mask
+    assert flex_attention._documents_mask(documents, tree, None) is not mask
+    assert len(built) == 2
     documents[1, :70] = 5
-    assert flex_attention._documents_mask(documents, 7) is not mask
-    assert len(masks) == before + 1
-    del documents
+    changed = flex_attention._documents_mask(documents, tree, 7)
+    if tree is not None:
+        tree.visible_until_BS[:, 0] = 9
+        forked = flex_attention._documents_mask(documents, tree, 7)
+        other = reference.Tree(tree.depths_BS.clone(), tree.visible_until_BS)
+        assert len({id(found) for found in (changed, forked, flex_attention._documents_mask(documents, other, 7))}) == 3
+        assert flex_attention._documents_mask(None, tree, 7) is flex_attention._documents_mask(None, tree, 7)
+        del other
+    assert len(built) == (6 if trees else 3) and len(masks) == before + 1 + trees
+    del documents, tree
     gc.collect()
     assert len(masks) == before
+
+
+def test_masks_kept_in_inference_mode_serve_autograd_later():
+    documents, inputs = packed_documents(), operands()
+    for numbers, tree in ((None, None), (documents, None), (documents, forked_tree())):
+        arguments = {"scaling": SCALING, "window": 7, "documents_BS": numbers, "tree": tree}
+        with torch.inference_mode():
+            expected = flex_attention.sink_attention(*inputs, **arguments)
+        out = flex_attention.sink_attention(*inputs, **arguments)
+        assert torch.equal(out, expected)
+        assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.sum(), inputs))
+
+
+def test_documents_made_in_inference_mode_may_be_written_to(built):
+    with torch.inference_mode():
+        documents = packed_documents()
+        for last in (0, 1):
+            documents[1, -70:] = last
+            inputs, arguments = operands(), {"scaling": SCALING, "window": None, "documents_BS": documents}
+            truth = reference.sink_attention(*inputs, **arguments).nan_to_num()
+            torch.testing.assert_close(flex_attention.sink_attention(*inputs, **arguments), truth, rtol=0, atol=1e-13)
+    assert len(built) == 2
 
 
 def test_it_refuses_generation_and_tiny_heads_in_words():
