@@ -182,6 +182,19 @@ def rms_norm_work(size: Size, dtype: torch.dtype) -> Work:
     return Work(1e-9 * 2 * 3 * size.inputs * dtype.itemsize, "GB/s")
 
 
+def _attention_inputs(draw: Draw, size: Size) -> Call:
+    # Few rows, of a step of generation.
+    T, (H, K), D, I = 3, size.heads, size.head_dim, size.inputs
+    projections = [draw.normal(*shape) for heads in (H, K, K) for shape in ((heads * D, I), (heads * D,))]
+    angles_TC = draw.normal(T, D // 2)
+    return Call((draw.normal(T, I), *projections, angles_TC.cos(), angles_TC.sin()))
+
+
+def attention_inputs_work(size: Size, dtype: torch.dtype) -> Work:
+    (H, K), D = size.heads, size.head_dim
+    return Work(1e-9 * (H + 2 * K) * D * size.inputs * dtype.itemsize, "GB/s")
+
+
 def _low_rank_down(draw: Draw, size: Size) -> Call:
     T, E, I = sum(size.rows_E), len(size.rows_E), size.inputs
     return Call((draw.normal(T, I), draw.normal(E, size.rank, I), size.ends_E))
@@ -277,6 +290,7 @@ WEIGHTED_SWIGLU_BACKWARD = Case(_weighted_swiglu_backward, rows_work(3))
 COMBINE = Case(_combine, rows_work(2.5))
 EXPERT_MIXTURE = Case(_expert_mixture, mixture_work)
 RMS_NORM = Case(_rms_norm, rms_norm_work)
+ATTENTION_INPUTS = Case(_attention_inputs, attention_inputs_work)
 LOW_RANK_DOWN = Case(_low_rank_down, low_rank_work)
 LOW_RANK_UP_ = Case(_low_rank_up_, low_rank_work)
 LOW_RANK_GRADIENT_ = Case(_low_rank_gradient_, low_rank_work)

@@ -65,6 +65,11 @@ def sink_attention(
     tree: Tree | None = None,
 ) -> Tensor:
     """`reference.sink_attention`; only the output and one number per row are kept for the backward pass."""
+    if not torch.is_grad_enabled():
+        out_BHTD, _ = sink_attention_forward(
+            q_BHTD, k_BKSD, v_BKSD, sinks_H, scaling=scaling, window=window, documents_BS=documents_BS, tree=tree
+        )
+        return out_BHTD
     return _LibraryAttention.apply(
         q_BHTD, k_BKSD, v_BKSD, sinks_H, scaling, window, documents_BS, *(tree or (None, None))
     )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from gptoss_ft.kernels import cpu_few_rows
 from gptoss_ft.kernels.cpu_library import DTYPES, INT, LONG, POINTER, check, common, function
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 
@@ -55,6 +56,8 @@ def grouped_dense_dx(dy_TO: Tensor, w_EOI: Tensor, ends_E: Sequence[int]) -> Ten
 
 def linear(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """`reference.linear`, checked as `grouped_dense` is."""
+    if cpu_few_rows.takes(x_TI, w_OI, bias_O):
+        return cpu_few_rows.linear(x_TI, w_OI, bias_O)
     return grouped_dense(x_TI, w_OI[None], None if bias_O is None else bias_O[None], [x_TI.shape[0]])
 
 

@@ -16,6 +16,7 @@ from gptoss_ft.kernels import (
     cases,
     cpu_attention,
     cpu_experts,
+    cpu_few_rows,
     cpu_gemm,
     cpu_library,
     cpu_loss,
@@ -135,7 +136,11 @@ grouped_dense_dx = Operation(
     _library(cpu_gemm.grouped_dense_dx, _refuses_dense, (cases.ODD,)),
     cases.GROUPED_DENSE_DX,
 )
-linear = Operation(reference.linear, _library(cpu_gemm.linear, _refuses_dense, (cases.ODD,)), cases.LINEAR)
+linear = Operation(
+    reference.linear,
+    _library(cpu_gemm.linear, _refuses_dense, (cases.ODD, replace(cases.ODD, rows_E=(3,)))),
+    cases.LINEAR,
+)
 linear_dx = Operation(reference.linear_dx, _library(cpu_gemm.linear_dx, _refuses_dense, (cases.ODD,)), cases.LINEAR_DX)
 clamped_swiglu = Operation(
     reference.clamped_swiglu, _library(cpu_experts.clamped_swiglu, _refuses_dtypes, (cases.ODD,)), cases.CLAMPED_SWIGLU
@@ -150,6 +155,11 @@ expert_mixture = Operation(
     reference.expert_mixture, _library(cpu_mixture.expert_mixture, cpu_mixture.refusal), cases.EXPERT_MIXTURE
 )
 rms_norm = Operation(reference.rms_norm, _library(cpu_norm.rms_norm, cpu_norm.refusal, (cases.ODD,)), cases.RMS_NORM)
+attention_inputs = Operation(
+    reference.attention_inputs,
+    _library(cpu_few_rows.attention_inputs, cpu_few_rows.refusal, (cases.ODD,)),
+    cases.ATTENTION_INPUTS,
+)
 low_rank_down = Operation(
     reference.low_rank_down, _library(cpu_experts.low_rank_down, _refuses_dtypes, (cases.ODD,)), cases.LOW_RANK_DOWN
 )
@@ -225,6 +235,7 @@ OPERATIONS: tuple[Operation, ...] = (
     combine,
     expert_mixture,
     rms_norm,
+    attention_inputs,
     low_rank_down,
     low_rank_up_,
     low_rank_gradient_,

@@ -17,7 +17,9 @@ from gptoss_ft.kernels.low_rank import LowRank
 
 def frozen_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, `[..., I] -> [..., O]`, with a gradient for `x` alone."""
-    y_TO = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight_OI, bias_O)
+    # What autograd adds to a call is more than a step of generation spends on a small product.
+    product = _FrozenLinear.apply if torch.is_grad_enabled() else dispatch.linear
+    y_TO = product(x.reshape(-1, x.shape[-1]), weight_OI, bias_O)
     return y_TO.view(*x.shape[:-1], -1)
 
 

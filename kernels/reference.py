@@ -227,6 +227,30 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
     return (weight_H.to(wide) * (x_TH.to(wide) * scale_T1)).to(x_TH.dtype)
 
 
+def attention_inputs(
+    x_TI: Tensor,
+    query_OI: Tensor,
+    query_bias_O: Tensor,
+    key_OI: Tensor,
+    key_bias_O: Tensor,
+    value_OI: Tensor,
+    value_bias_O: Tensor,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+) -> Tensor:
+    """Queries, keys and values of every token side by side, heads of 2·C features, the first two rotated: `[T, O]`.
+
+    The rotary embedding turns a head's feature i and feature C + i, for every i below C, as a pair.
+    """
+    cos_T1C, sin_T1C = cos_TC[:, None], sin_TC[:, None]
+    parts = []
+    for w_OI, bias_O in ((query_OI, query_bias_O), (key_OI, key_bias_O)):
+        heads = linear(x_TI, w_OI, bias_O).unflatten(-1, (-1, 2 * cos_TC.shape[-1]))
+        a, b = heads.chunk(2, dim=-1)
+        parts.append(torch.cat((a * cos_T1C - b * sin_T1C, b * cos_T1C + a * sin_T1C), dim=-1).flatten(1))
+    return torch.cat((*parts, linear(x_TI, value_OI, value_bias_O)), dim=-1)
+
+
 def accurate(dtype: torch.dtype) -> torch.dtype:
     """The dtype for sums and for what is small: fp32, or fp64 beside fp64."""
     return torch.promote_types(dtype, torch.float32)

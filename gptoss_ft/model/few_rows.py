@@ -4,13 +4,17 @@ They compute few rows on a CPU so, unless a gradient is wanted; everything else 
 """
 
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssTopKRouter
+from transformers import Cache
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRMSNorm, GptOssTopKRouter
 
 from gptoss_ft.kernels.cpu_norm import MAX_ROWS
-from gptoss_ft.kernels.dispatch import linear, rms_norm
+from gptoss_ft.kernels.dispatch import attention_inputs, linear, rms_norm
+from gptoss_ft.model.attention import ATTENTION, attention_forward
+from gptoss_ft.model.linear import FrozenLinear
 
 
 class FewRowsRMSNorm(GptOssRMSNorm):
@@ -18,7 +22,7 @@ class FewRowsRMSNorm(GptOssRMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., H] -> [..., H]`"""
-        if not _has_few_rows(hidden_states, self.weight):
+        if not _has_few_rows(hidden_states, self):
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         return rms_norm(x_TH, self.weight, self.variance_epsilon).view_as(hidden_states)
@@ -29,25 +33,81 @@ class FewRowsRouter(GptOssTopKRouter):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[T, H]` to the logits of all experts `[T, E]`, the weights of those chosen `[T, K]`, and their numbers."""
-        if not _has_few_rows(hidden_states, self.weight, self.bias):
+        if not _has_few_rows(hidden_states, self):
             return super().forward(hidden_states)
         logits_TE = linear(hidden_states, self.weight, self.bias)
         chosen_TK, experts_TK = logits_TE.topk(self.top_k, dim=-1)
         return logits_TE, chosen_TK.softmax(-1), experts_TK
 
 
+class FewRowsAttention(GptOssAttention):
+    """`GptOssAttention` that makes rotated queries, keys and values in one kernel.
+
+    Projections that have an adapter or a hook, and other attention functions than ours, are left to transformers.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[B, T, H] -> [B, T, H]`, and no attention weights."""
+        if not self._takes(hidden_states):
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        B, T, _ = hidden_states.shape
+        q, k, v = self.q_proj, self.k_proj, self.v_proj
+        cos_TC, sin_TC = (half.expand(B, T, -1).flatten(0, 1) for half in position_embeddings)
+        states_TO = attention_inputs(
+            hidden_states.flatten(0, 1), q.weight, q.bias, k.weight, k.bias, v.weight, v.bias, cos_TC, sin_TC
+        )
+        states_BHTD = states_TO.view(B, T, -1, self.head_dim).transpose(1, 2)
+        K = self.config.num_key_value_heads
+        query, key, value = states_BHTD.split((states_BHTD.shape[1] - 2 * K, K, K), dim=1)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        out_BTHD, weights = attention_forward(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            s_aux=self.sinks,
+            **kwargs,
+        )
+        return self.o_proj(out_BTHD.flatten(2)), weights
+
+    def _takes(self, hidden_states: Tensor) -> bool:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if self.config._attn_implementation != ATTENTION or not all(map(_is_plain, projections)):
+            return False
+        return _has_few_rows(hidden_states, *projections)
+
+
 def use_few_rows_layers(model: nn.Module) -> None:
-    """Replace every `GptOssRMSNorm` and `GptOssTopKRouter` in `model`; parameters keep their names and memory."""
-    kinds = {GptOssRMSNorm: FewRowsRMSNorm, GptOssTopKRouter: FewRowsRouter}
+    """Replace every layer of transformers' in `model` that has one here; parameters keep their names and memory."""
+    kinds = {GptOssRMSNorm: FewRowsRMSNorm, GptOssTopKRouter: FewRowsRouter, GptOssAttention: FewRowsAttention}
     for name, module in list(model.named_modules()):
         if kind := kinds.get(type(module)):
             model.set_submodule(name, _as(kind, module))
 
 
-def _has_few_rows(x: Tensor, *parameters: Tensor) -> bool:
+def _has_few_rows(x: Tensor, *modules: nn.Module) -> bool:
     if x.device.type != "cpu" or x.numel() > MAX_ROWS * x.shape[-1]:
         return False
-    return not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *parameters))
+    if not torch.is_grad_enabled():
+        return True
+    return not x.requires_grad and not any(t.requires_grad for module in modules for t in module.parameters())
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    """Whether nothing would be left out if its forward were not called."""
+    return type(projection) is FrozenLinear and not projection._forward_hooks and not projection._forward_pre_hooks
 
 
 def _as(kind: type[nn.Module], module: nn.Module) -> nn.Module:

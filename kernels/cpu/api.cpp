@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "experts.h"
+#include "few_rows.h"
 #include "grouped.h"
 #include "mixture.h"
 #include "parallel.h"
@@ -105,6 +106,36 @@ EXPORT int gptoss_ft_grouped_linear_dx(int isa, int threads, int dtype, const vo
     return status_of([&] {
         const Experts experts{DType(weight_dtype), weights, scales, ends, num_experts, out, in};
         grouped_linear_dx(kernels_for(Isa(isa), DType(dtype), experts.type), threads, experts, DType(dtype), dy, dx);
+    });
+}
+
+EXPORT int gptoss_ft_few_rows_linear(int isa, int threads, int dtype, const void* x, int64_t tokens, int weight_dtype,
+                                     const uint8_t* weight, const void* bias, int bias_dtype, int64_t out, int64_t in,
+                                     void* y) {
+    return status_of([&] {
+        few_rows_linear(kernels_for(Isa(isa), DType(dtype), DType(weight_dtype)), threads,
+                        {DType(weight_dtype), weight, nullptr, out, in}, DType(dtype), x, tokens, bias,
+                        DType(bias_dtype), y);
+    });
+}
+
+EXPORT int gptoss_ft_attention_inputs(int isa, int threads, int dtype, const void* x, int64_t tokens, int weight_dtype,
+                                      int bias_dtype, const uint8_t* query, const void* query_bias,
+                                      int64_t query_heads, const uint8_t* key, const void* key_bias, int64_t key_heads,
+                                      const uint8_t* value, const void* value_bias, int64_t value_heads, int64_t in,
+                                      int64_t head_dim, const void* cos, const void* sin, void* y) {
+    return status_of([&] {
+        const AttentionInputs of{{query, key, value},
+                                 {query_bias, key_bias, value_bias},
+                                 {query_heads, key_heads, value_heads},
+                                 DType(weight_dtype),
+                                 DType(bias_dtype),
+                                 in,
+                                 head_dim,
+                                 cos,
+                                 sin};
+        attention_inputs(kernels_for(Isa(isa), DType(dtype), DType(weight_dtype)), threads, of, DType(dtype), x, tokens,
+                         y);
     });
 }
 
