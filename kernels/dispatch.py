@@ -5,6 +5,7 @@ function in one of these, and an `Operation` here.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -35,10 +36,13 @@ from gptoss_ft.kernels.registry import Implementation, Operation, short
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# The fused kernels in each of their tiles, and decoding with grouped_mm.
+# The fused kernels in each of their tiles, and decoding with grouped_mm: GPTOSS_FT_FUSED_ROWS chooses among them.
 FEW_AND_MANY_ROWS = (
     cases.AWKWARD,
-    *(replace(cases.AWKWARD, rows_E=rows) for rows in ((40, 0, 57), (130, 0, 150), (250, 0, 210))),
+    *(replace(cases.AWKWARD, rows_E=rows) for rows in ((40, 0, 57), (130, 0, 150))),
+)
+FUSED_AND_DECODED = tuple(
+    partial(packed_experts.fusing_under, rows) for rows in (packed_experts.ALWAYS, packed_experts.NEVER)
 )
 
 
@@ -64,8 +68,9 @@ def _triton(
     unavailable: Callable[[torch.device, torch.dtype], str],
     refusal: Callable[..., str],
     check_sizes: tuple[cases.Size, ...] = (cases.AWKWARD,),
+    check_in: tuple[Callable[[], AbstractContextManager[None]], ...] = (nullcontext,),
 ) -> Implementation[P, R]:
-    return Implementation("triton", function, "cuda", unavailable, refusal, check_sizes)
+    return Implementation("triton", function, "cuda", unavailable, refusal, check_sizes, check_in)
 
 
 def _are_bytes(blocks: Tensor, scales: Tensor) -> bool:
@@ -115,7 +120,13 @@ dequantize_mxfp4 = Operation(
 grouped_linear = Operation(
     reference.grouped_linear,
     (
-        _triton(packed_experts.grouped_linear, packed_experts.unavailable, _refuses_strided, FEW_AND_MANY_ROWS),
+        _triton(
+            packed_experts.grouped_linear,
+            packed_experts.unavailable,
+            _refuses_strided,
+            FEW_AND_MANY_ROWS,
+            FUSED_AND_DECODED,
+        ),
         *_library(cpu_gemm.grouped_linear, _refuses_packed),
     ),
     cases.GROUPED_LINEAR,
@@ -123,7 +134,13 @@ grouped_linear = Operation(
 grouped_linear_dx = Operation(
     reference.grouped_linear_dx,
     (
-        _triton(packed_experts.grouped_linear_dx, packed_experts.unavailable, _refuses_strided, FEW_AND_MANY_ROWS),
+        _triton(
+            packed_experts.grouped_linear_dx,
+            packed_experts.unavailable,
+            _refuses_strided,
+            FEW_AND_MANY_ROWS,
+            FUSED_AND_DECODED,
+        ),
         *_library(cpu_gemm.grouped_linear_dx, _refuses_packed),
     ),
     cases.GROUPED_LINEAR_DX,

@@ -7,7 +7,9 @@ always; `dispatch` lists the operations.
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import product
 from typing import Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -35,6 +37,8 @@ class Implementation(Generic[P, R]):
         unavailable: why it cannot run on a device in a dtype, whatever the tensors; empty if it can.
         refusal: why it cannot take these tensors in particular, from the arguments of `function`; empty if it can.
         check_sizes: together they lead through each of its code paths.
+        check_in: contexts in each of which all sizes are checked, for code paths that a setting chooses: a verdict is
+            kept for runs with other settings.
         poisoned: check it a second time in fresh memory that holds NaN. Not for what torch.compile compiles: it takes
             memory by itself, and would be compiled again.
     """
@@ -45,6 +49,7 @@ class Implementation(Generic[P, R]):
     unavailable: Callable[[torch.device, torch.dtype], str]
     refusal: Callable[..., str]
     check_sizes: tuple[Size, ...] = (AWKWARD,)
+    check_in: tuple[Callable[[], AbstractContextManager[None]], ...] = (nullcontext,)
     poisoned: bool = True
 
 
@@ -153,19 +158,20 @@ class Operation(Generic[P, R]):
         # Autograd keeps no tensor made in inference mode, and checkpointing would recompute its layer in this check.
         own = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
         with torch.inference_mode(False), own:
-            for size in implementation.check_sizes:
+            for size, setting in product(implementation.check_sizes, implementation.check_in):
                 call = self.case.call(Draw(device, dtype), size)
                 if reason := implementation.refusal(*call.args, **call.kwargs):
                     fault = f"it refuses the operands to be checked on: {reason}"
                     return selfcheck.Verdict(math.nan, math.nan, fault)
-                verdict = selfcheck.measure(
-                    implementation.function,
-                    self.reference,
-                    call,
-                    exact=self.exact,
-                    differentiable=self.differentiable,
-                    poisoned=implementation.poisoned,
-                )
+                with setting():
+                    verdict = selfcheck.measure(
+                        implementation.function,
+                        self.reference,
+                        call,
+                        exact=self.exact,
+                        differentiable=self.differentiable,
+                        poisoned=implementation.poisoned,
+                    )
                 found.append(verdict)
         return selfcheck.worst(found)
 

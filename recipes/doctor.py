@@ -19,7 +19,7 @@ from gptoss_ft.files import check_writable_parent, write_whole
 from gptoss_ft.kernels import cpu_library, dispatch, selfcheck, verdicts
 from gptoss_ft.kernels.cases import AWKWARD, GPT_OSS_20B_CPU, GPT_OSS_20B_GPU, Draw
 from gptoss_ft.kernels.registry import REFERENCE, Operation, Refused, short
-from gptoss_ft.recipes.machine import check_instruction_set
+from gptoss_ft.recipes.machine import check_variables
 
 GIB = 2**30
 PACKAGES = ("gptoss-ft", "torch", "triton", "transformers", "peft", "bitsandbytes")
@@ -135,7 +135,7 @@ def devices_of(name: str | None) -> list[torch.device]:
 
 def examine(devices: list[torch.device]) -> Report:
     """Check and time everything, whatever earlier checks found."""
-    check_instruction_set()
+    check_variables()
     machine = dict(machine_facts())
     for device in devices:
         verdicts.forget(device)

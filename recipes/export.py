@@ -36,7 +36,7 @@ from gptoss_ft.model.load import load_base
 from gptoss_ft.model.manifest import add_to_manifest
 from gptoss_ft.model.spec import GptOssSpec
 from gptoss_ft.mxfp4.calibrated import RULES as ROUNDING_RULES
-from gptoss_ft.recipes.machine import check_instruction_set
+from gptoss_ft.recipes.machine import check_variables
 from gptoss_ft.recipes.samples import rows_to_compare, split_samples
 from gptoss_ft.training.run_folder import RunFolder, write_json
 
@@ -53,7 +53,7 @@ ADAPTER_FORMATS: dict[str, Callable[[Path, Path, Checkpoint], Path]] = {
 
 def main(cfg: ExportCommand) -> Path:
     """Run `gptoss-ft export`; returns the exported folder."""
-    check_instruction_set()
+    check_variables()
     return export_run(
         Path(cfg.run),
         cfg.format.value,

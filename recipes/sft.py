@@ -37,7 +37,7 @@ from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
 from gptoss_ft.recipes.export import Calibrated, export_run
-from gptoss_ft.recipes.machine import check_instruction_set
+from gptoss_ft.recipes.machine import check_variables
 from gptoss_ft.recipes.samples import split_samples
 from gptoss_ft.recipes.verify import verify_run
 from gptoss_ft.training.audit import AuditCallback
@@ -95,7 +95,7 @@ def run_training(cfg: TrainConfig, attach: Attach) -> Path:
 
 def check_devices() -> None:
     """Refuse what would fail or be wrong only after everything has been loaded."""
-    check_instruction_set()
+    check_variables()
     if torch.cuda.device_count() > 1 and PartialState().num_processes == 1:
         # Trainer would fall back to DataParallel and drop our loss scaling.
         raise UserError(

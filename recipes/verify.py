@@ -7,7 +7,7 @@ from gptoss_ft.export.merge_record import check_base_of_merge
 from gptoss_ft.export.verdict import VerifyReport
 from gptoss_ft.export.verify import verify_export
 from gptoss_ft.recipes.export import base_of, config_of, record_path
-from gptoss_ft.recipes.machine import check_instruction_set
+from gptoss_ft.recipes.machine import check_variables
 from gptoss_ft.recipes.samples import rows_to_compare
 from gptoss_ft.training.run_folder import RunFolder, write_json
 
@@ -16,7 +16,7 @@ MAX_TOKENS = 512
 
 def main(cfg: VerifyCommand) -> bool:
     """Run `gptoss-ft verify`: print the report; False if the export is beyond its bounds or could not be verified."""
-    check_instruction_set()
+    check_variables()
     report = verify_run(
         Path(cfg.run),
         Path(cfg.path),

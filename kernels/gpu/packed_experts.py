@@ -9,6 +9,8 @@ T rows · E experts · I input features · O output features · G blocks of 32 i
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -25,6 +27,9 @@ FUSED_ROWS_VARIABLE = "GPTOSS_FT_FUSED_ROWS"
 FUSED_ROWS = 192
 CHUNK_BYTES = 512 * 2**20
 DECODED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ALWAYS, NEVER = 10**9, 0  # fused, in `fusing_under`
+
+_asked_for: ContextVar[int | None] = ContextVar("asked_for", default=None)
 
 
 class Tile(NamedTuple):
@@ -61,10 +66,23 @@ def fused_rows() -> int:
     Raises:
         ValueError: if the variable is no count.
     """
+    asked_for = _asked_for.get()
+    if asked_for is not None:
+        return asked_for
     text = os.environ.get(FUSED_ROWS_VARIABLE) or str(FUSED_ROWS)
     if not text.isdecimal():
         raise ValueError(f"{FUSED_ROWS_VARIABLE}={text}: give a number of rows per expert, or unset it")
     return int(text)
+
+
+@contextmanager
+def fusing_under(rows: int) -> Iterator[None]:
+    """Weights are decoded in chunks from `rows` per expert on, whatever the variable says."""
+    before = _asked_for.set(rows)
+    try:
+        yield
+    finally:
+        _asked_for.reset(before)
 
 
 def grouped_linear(x_TI: Tensor, weight: MXFP4Weight, bias_EO: Tensor | None, ends_E: Sequence[int]) -> Tensor:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from gptoss_ft.cli import main
 from gptoss_ft.config.load import load_train_config
 from gptoss_ft.kernels import cpu_library
+from gptoss_ft.kernels.gpu import packed_experts
 from gptoss_ft.recipes import sft
 
 
@@ -247,6 +248,13 @@ def test_several_gpus_in_one_process_are_refused(monkeypatch, tiny_base, four_ro
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
         sft.main(load_train_config(words(tmp_path / "run", tiny_base, four_rows)))
+
+
+def test_a_number_of_fused_rows_that_is_none_is_one_line(monkeypatch, tiny_base, four_rows, tmp_path, capsys):
+    monkeypatch.setenv(packed_experts.FUSED_ROWS_VARIABLE, "many")
+    assert main(["train", *words(tmp_path / "run", tiny_base, four_rows)]) == 1
+    assert capsys.readouterr().err.startswith("error: GPTOSS_FT_FUSED_ROWS=many: give a number of rows per expert")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_instruction_set_that_the_processor_lacks_is_one_line(monkeypatch, tiny_base, four_rows, tmp_path, capsys):

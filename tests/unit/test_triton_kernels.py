@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,14 +118,25 @@ def test_a_device_is_asked_once(nvidia):
     ],
     ids=["forward", "backward"],
 )
-def test_self_checks_lead_through_every_tile_and_both_ways(operation, tiles):
+@pytest.mark.parametrize("set_to", ["0", "100", "1000000"])
+@pytest.mark.parametrize("wrong", [None, "fused", "decoded"])
+def test_self_checks_lead_through_every_tile_and_both_ways_whatever_is_set(
+    operation, tiles, set_to, wrong, monkeypatch
+):
+    """So the verdict, which is kept, holds for a run where the variable has another value."""
+    seen = []
+
+    def on_the_cpu(rows, weight, *rest):
+        ends, out = rest[-1], operation.reference(rows, weight, *rest)
+        fused = not packed_experts._decodes_chunks(rows, out.shape[1], ends)
+        seen.append(packed_experts._tile_for(tiles, ends) if fused else None)
+        return out * (1.03 if wrong == ("fused" if fused else "decoded") else 1)
+
+    monkeypatch.setenv(packed_experts.FUSED_ROWS_VARIABLE, set_to)
     (triton,) = (made for made in operation.implementations if made.name == "triton")
-    ends = [size.ends_E for size in triton.check_sizes]
-    decodes = [
-        packed_experts._decodes_chunks(torch.empty(each[-1], 96, dtype=torch.bfloat16), 96, each) for each in ends
-    ]
-    fused = {packed_experts._tile_for(tiles, each) for each, way in zip(ends, decodes, strict=True) if not way}
-    assert any(decodes) and fused == set(tiles)
+    verdict = operation._check(replace(triton, function=on_the_cpu), torch.device("cpu"), torch.bfloat16)
+    assert set(seen) == {*tiles, None}
+    assert verdict.passed == (wrong is None) and packed_experts.fused_rows() == int(set_to)
 
 
 def test_rows_per_expert_decide_between_the_two_ways(monkeypatch):
