@@ -29,6 +29,7 @@ from gptoss_ft.kernels import (
     merging,
     reference,
 )
+from gptoss_ft.kernels.gpu import merging as gpu_merging
 from gptoss_ft.kernels.gpu import packed_experts
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 from gptoss_ft.kernels.registry import Implementation, Operation, short
@@ -222,19 +223,28 @@ descend_ = Operation(
 )
 merge_mxfp4 = Operation(
     merging.merge_mxfp4,
-    _library(cpu_merging.merge_mxfp4, cpu_merging.refuses_mxfp4),
+    (
+        _triton(gpu_merging.merge_mxfp4, gpu_merging.unavailable, cpu_merging.refuses_mxfp4),
+        *_library(cpu_merging.merge_mxfp4, cpu_merging.refuses_mxfp4),
+    ),
     cases.MERGE_MXFP4,
     exact=True,
 )
 merge_mxfp4_dithered = Operation(
     merging.merge_mxfp4_dithered,
-    _library(cpu_merging.merge_mxfp4_dithered, cpu_merging.refuses_mxfp4),
+    (
+        _triton(gpu_merging.merge_mxfp4_dithered, gpu_merging.unavailable, cpu_merging.refuses_mxfp4),
+        *_library(cpu_merging.merge_mxfp4_dithered, cpu_merging.refuses_mxfp4),
+    ),
     cases.MERGE_MXFP4,
     exact=True,
 )
 merge_bf16 = Operation(
     merging.merge_bf16,
-    _library(cpu_merging.merge_bf16, cpu_merging.refuses_bf16, (cases.ODD,)),
+    (
+        _triton(gpu_merging.merge_bf16, gpu_merging.unavailable, cpu_merging.refuses_bf16, (cases.ODD,)),
+        *_library(cpu_merging.merge_bf16, cpu_merging.refuses_bf16, (cases.ODD,)),
+    ),
     cases.MERGE_BF16,
     exact=True,
 )

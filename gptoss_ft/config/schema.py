@@ -162,8 +162,7 @@ class AdapterConfig:
     experts: list[int] | None = key("experts that learn in those layers, from 0; null is every expert", default=None)
     qat: bool = key(
         "merge-aware training: compute with the merged weights, rounded as export rounds them (experts to MXFP4, the "
-        "rest to bf16), so that the merged model is the trained one; only merged formats can be exported; on GPUs the "
-        "merging runs in plain torch, which is slow",
+        "rest to bf16), so that the merged model is the trained one; only merged formats can be exported",
         default=False,
     )
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gptoss_ft.kernels.gpu import mxfp4_kernels, packed_experts
+from gptoss_ft.kernels.gpu import merge_kernels, merging, mxfp4_kernels, packed_experts
 
 # A100 · L4 and RTX 40 · H100 and H200 · B200
 CAPABILITIES = (80, 89, 90, 100)
@@ -28,7 +28,13 @@ TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 # (O, I) of gpt-oss's gate_up and down projections.
 GPT_OSS = ((5760, 2880), (2880, 2880))
 
-ARGUMENT_TYPES = {"blocks": "*u8", "scales": "*u8", "tiles_N3": "*i32", "num_blocks": "i32"}
+ARGUMENT_TYPES = {
+    **dict.fromkeys(("blocks", "scales", "out_blocks", "out_scales"), "*u8"),
+    **dict.fromkeys(("tiles_N3", "experts_N"), "*i32"),
+    **dict.fromkeys(("A", "B"), "*fp32"),
+    **dict.fromkeys(("num_blocks", "E", "R"), "i32"),
+}
+FUSED_MULTIPLY_ADD = re.compile(r"\bFFMA")
 TENSOR_CORES = re.compile(r"\b((?:HMMA|HGMMA|UTC\w*MMA)[.\w]*)")
 LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
 
@@ -40,11 +46,13 @@ class Build(NamedTuple):
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    fuses: bool = True  # products and sums to one operation of one rounding
 
     @property
     def name(self) -> str:
         tile = "×".join(str(value) for key, value in self.constants.items() if key.endswith("_"))
-        return f"{self.kernel.__name__.removesuffix('_kernel')} {tile}"
+        dithered = "_dithered" if self.constants.get("DITHERED") else ""
+        return f"{self.kernel.__name__.removesuffix('_kernel')}{dithered} {tile}"
 
 
 class Code(NamedTuple):
@@ -55,6 +63,7 @@ class Code(NamedTuple):
     shared_bytes: int
     tensor_cores: tuple[str, ...]
     flushes_subnormals: bool
+    fuses: bool
 
 
 def builds(O: int, I: int) -> Iterator[Build]:
@@ -71,6 +80,11 @@ def builds(O: int, I: int) -> Iterator[Build]:
     yield Build(mxfp4_kernels.dequantize_kernel, {"N_": packed_experts.DECODE_TILE})
     bias = {"O": O, "T_": packed_experts.BIAS_TILE_T, "O_": packed_experts.BIAS_TILE_O}
     yield Build(mxfp4_kernels.add_bias_kernel, bias)
+    for dithered in (False, True):
+        packed = {"O": O, "G": I // 32, "DITHERED": dithered, "O_": merging.PACKED_ROWS}
+        yield Build(merge_kernels.merge_mxfp4_kernel, packed, fuses=False)
+    dense = {"O": O, "I": I, "O_": merging.DENSE_ROWS, "I_": merging.DENSE_COLUMNS}
+    yield Build(merge_kernels.merge_bf16_kernel, dense, fuses=False)
 
 
 def compile_for(capability: int, build: Build) -> Code:
@@ -83,7 +97,7 @@ def compile_for(capability: int, build: Build) -> Code:
         constexprs=build.constants,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name, type in types.items() if type[0] == "*"},
     )
-    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "enable_fp_fusion": build.fuses}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -99,6 +113,7 @@ def compile_for(capability: int, build: Build) -> Code:
         shared_bytes=compiled.metadata.shared,
         tensor_cores=tuple(sorted(set(TENSOR_CORES.findall(machine_code)))),
         flushes_subnormals=".ftz" in compiled.asm["ptx"],
+        fuses=bool(FUSED_MULTIPLY_ADD.search(machine_code)),
     )
 
 

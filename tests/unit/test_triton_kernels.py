@@ -13,6 +13,7 @@ import torch
 
 from gptoss_ft.kernels import dispatch, flex_attention
 from gptoss_ft.kernels.gpu import device as gpu_device
+from gptoss_ft.kernels.gpu import merging as gpu_merging
 from gptoss_ft.kernels.gpu import packed_experts
 
 if importlib.util.find_spec("triton") is None:
@@ -23,10 +24,11 @@ from gptoss_ft.kernels.gpu import ahead_of_time
 CUDA = torch.device("cuda", 0)
 
 
-def test_results_in_the_interpreter():
+@pytest.mark.parametrize("name", ["triton_interpreted", "triton_interpreted_merging"])
+def test_results_in_the_interpreter(name):
     # Triton reads the variable when it is imported, and other tests need it uninterpreted. The interpreter computes in
     # numpy, which warns of the infinities and NaNs that extreme scales are tested for.
-    tests = Path(__file__).with_name("triton_interpreted.py")
+    tests = Path(__file__).with_name(f"{name}.py")
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-W", "ignore::RuntimeWarning", str(tests)]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -42,9 +44,15 @@ def test_machine_code_of_every_tile_spills_nothing_and_multiplies_on_tensor_core
         code = ahead_of_time.compile_for(capability, build)
         assert code.spills == 0, f"{build.name}: {code}"
         assert not code.flushes_subnormals, f"{build.name} would decode small weights to 0"
+        assert build.fuses or not code.fuses, f"{build.name} would have other bits than its definition"
         # 99 KiB is what RTX 30 and 40 and the L4 let a program have.
         assert code.shared_bytes <= 99 * 1024
         assert bool(code.tensor_cores) == ("linear" in build.name), f"{build.name}: {code}"
+
+
+def test_products_and_sums_are_fused_unless_they_must_not_be():
+    (merge, _) = (build for build in ahead_of_time.builds(2880, 2880) if "merge_mxfp4" in build.name)
+    assert ahead_of_time.compile_for(80, merge._replace(fuses=True)).fuses
 
 
 def test_a_tile_that_is_too_large_shows():
@@ -78,8 +86,13 @@ def test_ampere_with_triton_is_accepted():
 
 @pytest.mark.parametrize(
     "unavailable",
-    [packed_experts.unavailable, packed_experts.dequantize_unavailable, flex_attention.unavailable],
-    ids=["products", "decode", "attention"],
+    [
+        packed_experts.unavailable,
+        packed_experts.dequantize_unavailable,
+        flex_attention.unavailable,
+        gpu_merging.unavailable,
+    ],
+    ids=["products", "decode", "attention", "merges"],
 )
 def test_other_machines_are_refused_in_words(unavailable, nvidia):
     def reason(device: torch.device = CUDA) -> str:
