@@ -24,7 +24,7 @@ from gptoss_ft.kernels.gpu import ahead_of_time
 CUDA = torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("name", ["triton_interpreted", "triton_interpreted_merging"])
+@pytest.mark.parametrize("name", ["triton_interpreted", "triton_interpreted_merging", "triton_interpreted_step"])
 def test_results_in_the_interpreter(name):
     # Triton reads the variable when it is imported, and other tests need it uninterpreted. The interpreter computes in
     # numpy, which warns of the infinities and NaNs that extreme scales are tested for.

@@ -1,0 +1,157 @@
+"""A whole training step in the implementations for GPUs, on the CPU: Triton interpreted, flex_attention uncompiled.
+
+`test_triton_kernels` runs this file in a process of its own: whether Triton interprets is settled when it is imported.
+Everything is fp32, which the interpreter multiplies without dropping bits; each implementation passes its self-check
+first, as on a GPU.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
+
+from gptoss_ft.adapters.attach import Targets, attach_adapters, lora_layers
+from gptoss_ft.adapters.merged import compute_merged
+from gptoss_ft.data.collate import PaddingCollator
+from gptoss_ft.kernels import dispatch, flex_attention, verdicts
+from gptoss_ft.kernels.gpu import packed_experts
+from gptoss_ft.kernels.registry import REFERENCE, Implementation
+from gptoss_ft.model.init import init_checkpoint
+from gptoss_ft.model.load import load_base
+from gptoss_ft.model.spec import SPECS
+from gptoss_ft.training.loss import summed_loss
+
+IN_TRAINING = {("grouped_linear", "triton"), ("grouped_linear_dx", "triton"), ("sink_attention", "flex_attention")}
+IN_MERGING = {("merge_mxfp4_dithered", "triton"), ("merge_bf16", "triton")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = replace(
+        SPECS["tiny"],
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=512,
+        sliding_window=8,
+        eos_token_id=500,
+        pad_token_id=0,
+    )
+    return init_checkpoint(spec, tmp_path_factory.mktemp("base") / "model", seed=1, progress=False)
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    """Packed rows of several documents, one of them padded."""
+    rows = []
+    for lengths in ((21, 1, 9), (12, 6)):
+        ids = torch.randint(1, 500, (sum(lengths),)).tolist()
+        rows.append({"input_ids": ids, "labels": ids, "document_lengths": list(lengths)})
+    return PaddingCollator(pad_token_id=0)(rows)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No verdict of an earlier process; those of this file are shared, for checks take most of its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(verdicts, "_verdicts", {})
+        yield
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch's uncompiled mode needs for gradients on a CPU."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex_attention, "_compiled", lambda function: function)
+
+
+@contextmanager
+def only(chosen: Callable[[Implementation[Any, Any]], bool]) -> Iterator[Counter[tuple[str, str]]]:
+    """Operations run in the implementations that are `chosen`, which pass their self-checks, or else in the reference.
+
+    What runs is counted.
+    """
+    ran: Counter[tuple[str, str]] = Counter()
+
+    def counted(operation: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            ran[operation, name] += 1
+            return function(*args, **kwargs)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for operation in dispatch.OPERATIONS:
+            made = [
+                replace(
+                    each,
+                    function=counted(operation.name, each.name, each.function),
+                    device_type="cpu",
+                    unavailable=lambda device, dtype: "",
+                )
+                for each in operation.implementations
+                if chosen(each)
+            ]
+            patch.setattr(operation, "implementations", tuple(made))
+            patch.setattr(operation, "reference", counted(operation.name, REFERENCE, operation.reference))
+            for each in made:
+                verdict = operation.verdict(each, torch.device("cpu"), torch.float32)
+                assert verdict.passed, f"{operation.name} in {each.name}: {verdict.reason}"
+        ran.clear()
+        yield ran
+
+
+def for_gpus(implementation: Implementation[Any, Any]) -> bool:
+    return implementation.device_type == "cuda"
+
+
+def adapted(folder: Path, *, merged: bool) -> torch.nn.Module:
+    base = load_base(folder, dtype=torch.float32, attn_implementation="gptoss_ft")
+    targets = Targets.parse(["all"], num_layers=2, num_experts=4)
+    model, _ = attach_adapters(base, targets, r=4, alpha=8)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    if merged:
+        compute_merged(model)
+    return model.train()
+
+
+def step(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = summed_loss(model, model.get_base_model(), batch)
+    loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("fused_rows", "merged", "checkpointing"),
+    [("1000000", False, False), ("0", False, True), ("1000000", True, True)],
+    ids=["fused", "decoded", "merged"],
+)
+def test_loss_and_gradients_are_those_of_the_reference(folder, batch, fused_rows, merged, checkpointing, monkeypatch):
+    monkeypatch.setenv(packed_experts.FUSED_ROWS_VARIABLE, fused_rows)
+    model = adapted(folder, merged=merged)
+    with only(lambda each: False):
+        loss, gradients = step(model, batch)
+    if checkpointing:
+        model.get_base_model().activation_checkpointing_enable()
+    with only(for_gpus) as ran:
+        found_loss, found = step(model, batch)
+    assert ran.keys() >= (IN_TRAINING | IN_MERGING if merged else IN_TRAINING)
+    assert not {(operation, REFERENCE) for operation, name in ran if name != REFERENCE} & ran.keys()
+    assert len(gradients) == 2 * 2 * 6 and found.keys() == gradients.keys()
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+    for name, expected in gradients.items():
+        assert expected.norm() > 0 and (found[name] - expected).norm() <= 1e-4 * expected.norm(), name
