@@ -19,13 +19,13 @@ from torch import Tensor
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.gguf_layout import MODEL_FILE
 from gptoss_ft.export.merge import merge
-from gptoss_ft.export.readers import NotRun, Reader
+from gptoss_ft.export.readers import NotRun
 from gptoss_ft.model.checkpoint import Checkpoint
 
 INSTALL = "pip install llama-cpp-python (it compiles for some minutes)"
 
 
-def open_adapter_with_llama_cpp(base: Path, adapter: Path) -> Reader:
+def open_adapter_with_llama_cpp(base: Path, adapter: Path) -> "LlamaCpp":
     """An adapter file beside its base, which is written as GGUF to a temporary folder next to the adapter's.
 
     Raises:

@@ -1,56 +1,83 @@
-"""Open checkpoints and adapters with programs that are not ours, for comparison with the trained model.
+"""What reads an export for comparison with the trained model: other programs' code, or ours.
 
-A reader takes one sequence and returns fp32 logits at chosen positions. Weights stay as their file holds them, and
-each decoder layer is widened to fp32 only while it runs: every bf16 or MXFP4 value is an fp32 value, so what remains
-between two readers of one file is the order of their sums.
+A reader takes rows and gives fp32 logits at chosen positions. Weights stay as their file holds them, and each decoder
+layer is widened to fp32 only while it runs: every bf16 or MXFP4 value is an fp32 value, so what remains between two
+readers of one file is the order of their sums.
 
-T tokens · P chosen positions · V vocabulary
+T tokens · H hidden · P chosen positions · V vocabulary
 """
 
-import math
-from collections.abc import Callable, Iterable
-from importlib import import_module
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import ModuleType
-from typing import Any
 
 import psutil
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GptOssForCausalLM, Mxfp4Config
-from transformers.utils import logging
+from transformers import GptOssForCausalLM
 
-from gptoss_ft.errors import UserError
-from gptoss_ft.export.adapter import write_as_peft
-from gptoss_ft.export.sglang_adapter import read_adapter_sglang
 from gptoss_ft.files import GB
-from gptoss_ft.model import layouts
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.load import load_base
+from gptoss_ft.model.spec import GptOssSpec
 
-Reader = Callable[[Tensor, Tensor], Tensor]
-"""`(input_ids_T, positions_P) -> logits_PV`"""
+# Memory that a part takes while it is opened, by parameter: bf16, fp32, and what decoding MXFP4 needs beside them. Of
+# gpt-oss-20b transformers took 6.6 and the reference implementation 6.6.
+PART_BYTES = 7
 
-# It declares Python 3.12 and a server's dependencies; the model needs neither.
-INSTALL_GPT_OSS = "pip install --no-deps --ignore-requires-python gpt-oss==0.0.9"
-# The reference implementation gathers the weights of each token's experts; this many bytes of them at once.
-GATHERED_BYTES = 1 << 28
+Rows = Sequence[tuple[Tensor, Tensor]]
+"""`(input_ids_T, positions_P)` of each"""
+Advance = Callable[[float], object]
+"""Is told how many rows more have been read; a layer of one is a part of it."""
+Reader = Callable[[Rows, Advance], Iterable[Tensor]]
+"""Gives `logits_PV` of each row, in order."""
 
 
 class NotRun(Exception):
     """A reader cannot open this here; the message says why and, if it can be mended, how."""
 
 
-def open_with_transformers(folder: Path) -> Reader:
-    """transformers' own `from_pretrained`, with its own decoding of MXFP4.
+@dataclass(frozen=True, eq=False)
+class LayerByLayer:
+    """A reader that holds one part of its model at a time and takes all rows through it.
 
-    Raises:
-        NotRun: if the folder is in the original layout or the memory does not suffice.
-        UserError: if transformers finds tensors missing or superfluous.
+    Attributes:
+        open_embedding: gives `input_ids_T -> hidden_TH`.
+        open_layer: gives `hidden_TH -> hidden_TH` of the decoder layer of that number.
+        open_head: gives `hidden_PH -> logits_PV`, the last norm included.
     """
-    return transformers_reader(_load_stock(folder))
+
+    num_layers: int
+    open_embedding: Callable[[], Callable[[Tensor], Tensor]]
+    open_layer: Callable[[int], Callable[[Tensor], Tensor]]
+    open_head: Callable[[], Callable[[Tensor], Tensor]]
+
+    @torch.no_grad()
+    def __call__(self, rows: Rows, advance: Advance) -> list[Tensor]:
+        part = self.open_embedding()
+        hidden = [part(input_ids_T) for input_ids_T, _ in rows]
+        for number in range(self.num_layers):
+            # Else two layers would be in memory.
+            del part
+            part = self.open_layer(number)
+            for row, hidden_TH in enumerate(hidden):
+                hidden[row] = part(hidden_TH)
+                advance(1 / self.num_layers)
+        del part
+        part = self.open_head()
+        return [part(hidden_TH[positions_P]) for hidden_TH, (_, positions_P) in zip(hidden, rows, strict=True)]
+
+
+def one_by_one(read: Callable[[Tensor, Tensor], Tensor]) -> Reader:
+    """A reader of what takes one row, `(input_ids_T, positions_P) -> logits_PV`."""
+
+    def read_rows(rows: Rows, advance: Advance) -> Iterator[Tensor]:
+        for input_ids_T, positions_P in rows:
+            yield read(input_ids_T, positions_P)
+            advance(1)
+
+    return read_rows
 
 
 def open_with_gptoss_ft(folder: Path) -> Reader:
@@ -59,198 +86,58 @@ def open_with_gptoss_ft(folder: Path) -> Reader:
     Raises:
         NotRun: if the memory does not suffice.
     """
-    return transformers_reader(load_in_fp32(Checkpoint.open(folder)))
+    return reader_of(load_for_reading(Checkpoint.open(folder)))
 
 
-def load_in_fp32(checkpoint: Checkpoint) -> GptOssForCausalLM:
-    """The model with everything but packed experts in fp32.
+def load_for_reading(checkpoint: Checkpoint) -> GptOssForCausalLM:
+    """The model as its files hold it, mapped; for `reader_of`.
 
     Raises:
-        NotRun: if the memory does not suffice for dense experts.
+        NotRun: if the memory does not suffice for a layer of dense experts.
     """
     dense = checkpoint.layout == "bf16"
     if dense:
-        _require_memory(4 * checkpoint.spec.num_parameters())
-    return load_base(checkpoint.path, precision="bf16" if dense else "mxfp4", dtype=torch.float32)
+        require_layer_memory(checkpoint.spec)
+    return load_base(checkpoint.path, precision="bf16" if dense else "mxfp4")
 
 
-def open_with_peft(base: Path, adapter: Path) -> Reader:
-    """Stock PEFT's `PeftModel.from_pretrained` on transformers' dense model of the base.
-
-    A base in the original layout, which transformers does not read, is put into its model class by `load_base`.
-
-    Raises:
-        NotRun: if the memory does not suffice.
-    """
-    checkpoint = Checkpoint.open(base)
-    if checkpoint.layout == "original":
-        _check_memory(checkpoint)
-        dense = load_base(base, precision="bf16")
-    else:
-        dense = _load_stock(base)
-    return transformers_reader(PeftModel.from_pretrained(dense, str(adapter)).eval())
-
-
-def open_sglang_adapter_with_peft(base: Path, export: Path) -> Reader:
-    """Stock PEFT on the factors of an adapter for SGLang, brought into PEFT's layout in a temporary folder.
-
-    Raises:
-        NotRun: if the memory does not suffice.
-    """
-    with TemporaryDirectory() as folder:
-        write_as_peft(read_adapter_sglang(export, Checkpoint.open(base).spec), Path(folder))
-        return open_with_peft(base, Path(folder))
-
-
-def open_with_gpt_oss(folder: Path) -> Reader:
-    """OpenAI's reference implementation, reading a folder in HF names or its own through its own `Checkpoint`.
-
-    Raises:
-        NotRun: if it is not installed or the memory does not suffice.
-    """
-    checkpoint = Checkpoint.open(folder)
-    reference, weights = _import_gpt_oss("model"), _import_gpt_oss("weights")
-    _check_memory(checkpoint)
-    model = reference.Transformer(reference.ModelConfig(**checkpoint.spec.original_config()), torch.device("cpu"))
-    source = (
-        weights.Checkpoint(str(folder), torch.device("cpu"))
-        if checkpoint.layout == "original"
-        else _original_names(weights.Checkpoint)(checkpoint)
-    )
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(source.get(name))
-    expert_bytes = 4 * sum(map(math.prod, checkpoint.spec.expert_shapes().values()))
-    tokens = max(1, GATHERED_BYTES // (expert_bytes * checkpoint.spec.num_experts_per_tok))
-    for block in model.block:
-        block.mlp = _InPieces(block.mlp, tokens)
-    _widen_while_running(model.block)
-    model.embedding.float(), model.norm.float(), model.unembedding.float()
-
-    def read(input_ids_T: Tensor, positions_P: Tensor) -> Tensor:
-        # The model has no choice of positions, and logits for all of a long sequence would be gigabytes.
-        handle = model.unembedding.register_forward_pre_hook(lambda _module, args: args[0][positions_P])
-        with handle, torch.no_grad():
-            return model(input_ids_T)
-
-    return read
-
-
-def transformers_reader(model: GptOssForCausalLM | PeftModel) -> Reader:
-    """A model that is loaded already, widened to fp32 layer by layer."""
+def reader_of(model: GptOssForCausalLM | PeftModel) -> Reader:
+    """A model that is loaded already, each of whose layers is widened to fp32 while it runs."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
-    _widen_while_running(core.model.layers)
-    core.model.embed_tokens.float(), core.model.norm.float(), core.lm_head.float()
+    core.model.embed_tokens.register_forward_hook(lambda _module, _args, embedded: embedded.float())
+    for module in (*core.model.layers, core.model.norm, core.lm_head):
+        _widen_while_running(module)
 
+    @torch.no_grad()
     def read(input_ids_T: Tensor, positions_P: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model(input_ids=input_ids_T[None], logits_to_keep=positions_P, use_cache=False).logits[0]
+        return model(input_ids=input_ids_T[None], logits_to_keep=positions_P, use_cache=False).logits[0]
 
-    return read
-
-
-def _load_stock(folder: Path) -> GptOssForCausalLM:
-    checkpoint = Checkpoint.open(folder)
-    if checkpoint.layout == "original":
-        raise NotRun("transformers does not read the original layout")
-    _check_memory(checkpoint)
-    options = {"quantization_config": Mxfp4Config(dequantize=True)} if checkpoint.layout == "mxfp4" else {}
-    verbosity, progress_bar_was_on = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        model, report = GptOssForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.bfloat16,
-            attn_implementation="eager",
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-        if progress_bar_was_on:
-            logging.enable_progress_bar()
-    # transformers would go on with random weights in their place.
-    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[fault]:
-            raise UserError(f"{folder}: transformers reports {fault} {sorted(map(str, report[fault]))[:3]}")
-    return model.eval()
+    return one_by_one(read)
 
 
-def _check_memory(checkpoint: Checkpoint) -> None:
-    spec = checkpoint.spec
-    # The dense bf16 model, embedding and head widened, and a layer in fp32 twice: with and without an adapter added.
-    outer = 2 * spec.vocab_size * spec.hidden_size
-    layer = (spec.num_parameters() - outer) // spec.num_hidden_layers
-    _require_memory(2 * spec.num_parameters() + 2 * outer + 2 * 4 * layer)
+def _widen_while_running(module: nn.Module) -> None:
+    # What is narrow stays, so that what is mapped from a file stays mapped.
+    narrow = [(parameter, parameter.data) for parameter in module.parameters() if parameter.dtype == torch.bfloat16]
+
+    def widen(*_: object) -> None:
+        for parameter, data in narrow:
+            parameter.data = data.float()
+
+    def restore(*_: object) -> None:
+        for parameter, data in narrow:
+            parameter.data = data
+
+    module.register_forward_pre_hook(widen)
+    module.register_forward_hook(restore)
 
 
-def _require_memory(needed: int) -> None:
-    available = psutil.virtual_memory().available
+def require_layer_memory(spec: GptOssSpec) -> None:
+    """Raise `NotRun` where no decoder layer, dense and widened, fits into memory, or not the head."""
+    outer = spec.vocab_size * spec.hidden_size
+    layer = (spec.num_parameters() - 2 * outer) // spec.num_hidden_layers
+    needed, available = PART_BYTES * max(layer, outer), psutil.virtual_memory().available
     if needed > available:
         raise NotRun(
             f"it needs {needed / GB:.1f} GB of memory and {available / GB:.1f} GB are free: "
             "verify on a machine with more"
         )
-
-
-def _widen_while_running(blocks: Iterable[nn.Module]) -> None:
-    for block in blocks:
-        narrow = [parameter for parameter in block.parameters() if parameter.dtype == torch.bfloat16]
-        block.register_forward_pre_hook(_casting(narrow, torch.float32))
-        block.register_forward_hook(_casting(narrow, torch.bfloat16))
-
-
-def _casting(parameters: list[nn.Parameter], dtype: torch.dtype) -> Callable[..., None]:
-    def cast(*_: object) -> None:
-        for parameter in parameters:
-            parameter.data = parameter.data.to(dtype)
-
-    return cast
-
-
-class _InPieces(nn.Module):
-    """A layer that treats tokens one by one, run on a few at a time."""
-
-    def __init__(self, layer: nn.Module, tokens: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.tokens = tokens
-
-    def forward(self, x_TH: Tensor) -> Tensor:
-        return torch.cat([self.layer(piece) for piece in x_TH.split(self.tokens)])
-
-
-def _import_gpt_oss(part: str) -> ModuleType:
-    try:
-        return import_module(f"gpt_oss.torch.{part}")
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "gpt_oss":
-            raise
-        raise NotRun(f"the gpt-oss package is not installed: {INSTALL_GPT_OSS}") from error
-
-
-def _original_names(reference_checkpoint: type[Any]) -> type[Any]:
-    """The reference implementation's reader of checkpoints, with tensors found under their HF names.
-
-    Its decoding of MXFP4 is untouched; dense experts, which its layout does not have, are turned to [E, out, in].
-    """
-
-    class HuggingFaceNames(reference_checkpoint):
-        def __init__(self, checkpoint: Checkpoint) -> None:
-            super().__init__(str(checkpoint.path), torch.device("cpu"))
-            self.dense = checkpoint.layout == "bf16"
-            for hf_name in checkpoint.spec.tensors("mxfp4"):
-                if hf_name in self.tensor_name_to_file:
-                    self.tensor_name_to_file[layouts.to_original(hf_name)] = self.tensor_name_to_file[hf_name]
-
-        def get(self, name: str) -> Tensor:
-            if self.dense and name.endswith(("mlp1_weight", "mlp2_weight")):
-                (blocks,) = layouts.to_hf(f"{name}.blocks")
-                return super()._get_tensor(blocks.removesuffix("_blocks")).transpose(1, 2)
-            return super().get(name)
-
-        def _get_tensor(self, name: str) -> Tensor:
-            return torch.cat([super(HuggingFaceNames, self)._get_tensor(part) for part in layouts.to_hf(name)])
-
-    return HuggingFaceNames

@@ -6,7 +6,7 @@ P positions · V vocabulary
 """
 
 import filecmp
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -28,20 +28,16 @@ from gptoss_ft.export.excerpts import Excerpt, select_positions
 from gptoss_ft.export.gguf_adapter import read_adapter_gguf
 from gptoss_ft.export.gguf_layout import ADAPTER_FILE, MODEL_FILE
 from gptoss_ft.export.gguf_read import GgufModel
+from gptoss_ft.export.gpt_oss_reader import open_with_gpt_oss
 from gptoss_ft.export.llama_cpp import LlamaCpp, open_adapter_with_llama_cpp
 from gptoss_ft.export.merge_record import Noted, calibrated_in
-from gptoss_ft.export.readers import (
-    NotRun,
-    Reader,
-    load_in_fp32,
+from gptoss_ft.export.readers import NotRun, Reader, Rows, load_for_reading, one_by_one, open_with_gptoss_ft, reader_of
+from gptoss_ft.export.sglang_adapter import is_adapter_sglang, read_adapter_sglang
+from gptoss_ft.export.transformers_reader import (
     open_sglang_adapter_with_peft,
-    open_with_gpt_oss,
-    open_with_gptoss_ft,
     open_with_peft,
     open_with_transformers,
-    transformers_reader,
 )
-from gptoss_ft.export.sglang_adapter import is_adapter_sglang, read_adapter_sglang
 from gptoss_ft.export.verdict import ARITHMETIC_NOISE, LLAMA_CPP_NOISE, Reading, VerifyReport, WeightCheck
 from gptoss_ft.export.weights import checkpoint_distances, delta_distances
 from gptoss_ft.model.checkpoint import Checkpoint
@@ -68,7 +64,8 @@ def verify_export(
 ) -> VerifyReport:
     """Compare an exported adapter or checkpoint with base + adapter, in fp32 on the CPU.
 
-    Holds one model at a time, and the logits of the compared positions twice (0.8 MB a position each).
+    Holds one decoder layer of a model at a time, and the logits of the compared positions twice (0.8 MB a position
+    each). llama.cpp maps its file.
 
     Args:
         base: the checkpoint that was trained on.
@@ -182,16 +179,16 @@ def trained_logits(
     """The trained model's logits `[P, V]`, and how far the base without the adapter is from them."""
     with _bar("the trained model", 2 * len(excerpts), progress) as bar:
         try:
-            model, _ = load_adapter(load_in_fp32(base), adapter)
+            model, _ = load_adapter(load_for_reading(base), adapter)
             if merged_training:
                 compute_merged(model)
         except NotRun as reason:
             raise UserError(f"not verified: the trained model cannot be opened here: {reason}") from reason
-        reader = transformers_reader(model)
-        trained = list(_logits(reader, excerpts, bar))
+        reader, rows = reader_of(model), _rows(excerpts)
+        trained = list(reader(rows, bar.update))
         with model.disable_adapter():
             distances = Distances.join(
-                [Distances.between(*pair) for pair in zip(trained, _logits(reader, excerpts, bar), strict=True)]
+                [Distances.between(*pair) for pair in zip(trained, reader(rows, bar.update), strict=True)]
             )
     return torch.cat(trained), distances
 
@@ -215,7 +212,7 @@ def read_export(
             except NotRun as reason:
                 not_run[program] = str(reason)
                 continue
-            logits_PV = torch.cat(list(_logits(reader, excerpts, bar)))
+            logits_PV = torch.cat(list(reader(_rows(excerpts), bar.update)))
             del reader
         from_first = None if first_PV is None else Distances.between(first_PV, logits_PV)
         readings.append(
@@ -239,9 +236,9 @@ def _readers(base: Path, export: Path, format: Format) -> list[tuple[str, Callab
         case "adapter_sglang":
             return [("peft", lambda: open_sglang_adapter_with_peft(base, export)), ("sglang", _no_gpu)]
         case "adapter_gguf":
-            return [(LLAMA_CPP, lambda: open_adapter_with_llama_cpp(base, export / ADAPTER_FILE))]
+            return [(LLAMA_CPP, lambda: one_by_one(open_adapter_with_llama_cpp(base, export / ADAPTER_FILE)))]
         case "gguf" | "gguf_q8_0":
-            return [(LLAMA_CPP, lambda: LlamaCpp(export / MODEL_FILE))]
+            return [(LLAMA_CPP, lambda: one_by_one(LlamaCpp(export / MODEL_FILE)))]
     return [
         ("transformers", lambda: open_with_transformers(export)),
         ("gpt-oss", lambda: open_with_gpt_oss(export)),
@@ -258,11 +255,14 @@ def _no_gpu() -> Reader:
 
 
 def _bar(program: str, num_readings: int, progress: bool) -> tqdm:
-    """It stands at nothing while the program opens its files."""
-    return tqdm(total=num_readings, desc=f"reading with {program}", unit=" samples", disable=not progress)
+    """It stands at nothing while the program opens its files, and moves by parts of a sample with each layer."""
+    return tqdm(
+        total=num_readings,
+        desc=f"reading with {program}",
+        bar_format="{l_bar}{bar}| {n:.1f}/{total} samples [{elapsed}<{remaining}]",
+        disable=not progress,
+    )
 
 
-def _logits(reader: Reader, excerpts: Sequence[Excerpt], bar: tqdm) -> Iterator[Tensor]:
-    for excerpt in excerpts:
-        yield reader(excerpt.input_ids_T, excerpt.positions_P)
-        bar.update()
+def _rows(excerpts: Sequence[Excerpt]) -> Rows:
+    return [(excerpt.input_ids_T, excerpt.positions_P) for excerpt in excerpts]

@@ -85,9 +85,7 @@ def load_base(
             f"{path} holds bf16 experts, so there is no MXFP4 to keep: "
             "set model.precision=bf16 or use the MXFP4 checkpoint"
         )
-    config = GptOssConfig.from_dict(
-        {key: value for key, value in checkpoint.spec.hf_config().items() if key != "quantization_config"}
-    )
+    config = dense_config(checkpoint)
     if packed:
         config.quantization_config = {"quant_method": PACKED}
     # One way in for all layouts: transformers takes the tensors by name and copies only what changes its dtype.
@@ -97,7 +95,7 @@ def load_base(
         model = GptOssForCausalLM.from_pretrained(
             None,
             config=config,
-            state_dict=_state_dict(checkpoint, packed=packed, dtype=dtype),
+            state_dict=state_dict(checkpoint, packed=packed, dtype=dtype),
             dtype=dtype,
             attn_implementation=attn_implementation,
         )
@@ -113,9 +111,21 @@ def load_base(
     return model.to(device).eval()
 
 
-def _state_dict(checkpoint: Checkpoint, *, packed: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+def dense_config(checkpoint: Checkpoint) -> GptOssConfig:
+    """transformers' config of the model with bf16 experts."""
+    return GptOssConfig.from_dict(
+        {key: value for key, value in checkpoint.spec.hf_config().items() if key != "quantization_config"}
+    )
+
+
+def state_dict(
+    checkpoint: Checkpoint, *, packed: bool, dtype: torch.dtype, modules: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """Tensors by the names in transformers' model: those of some modules, or all."""
     tensors = {}
     for name in checkpoint.names():
+        if modules and not name.startswith(tuple(f"{module}." for module in modules)):
+            continue
         if packed or not name.endswith(("_blocks", "_scales")):
             tensors[name] = checkpoint.tensor(name)
         elif name.endswith("_blocks"):

@@ -14,10 +14,10 @@ from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.distance import Distances, fidelity
 from gptoss_ft.export.excerpts import select_positions
 from gptoss_ft.export.fidelity import measure_fidelity
-from gptoss_ft.export.readers import load_in_fp32
 from gptoss_ft.export.verify import read_export, trained_logits
 from gptoss_ft.kernels.reference import dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.load import load_base
 from gptoss_ft.model.manifest import check_hashes
 from gptoss_ft.recipes.export import config_of
 from gptoss_ft.recipes.samples import rows_to_compare
@@ -113,8 +113,8 @@ def test_layers_and_outputs_are_those_of_whole_models(run, tiny_base, merged):
         with torch.no_grad():
             return model(input_ids=excerpt.input_ids_T[None], output_hidden_states=True, logits_to_keep=1).hidden_states
 
-    trained, _ = load_adapter(load_in_fp32(base), run.adapter)
-    exported = load_in_fp32(export)
+    trained, _ = load_adapter(load_base(base.path, dtype=torch.float32), run.adapter)
+    exported = load_base(export.path, dtype=torch.float32)
     pairs = [(hidden(exported, excerpt)[1:-1], hidden(trained, excerpt)[1:-1]) for excerpt in excerpts]
     for number, layer in enumerate(found["fidelity"]["layer_output_distance"][:-1]):
         ours, theirs = (torch.cat([pair[side][number][0] for pair in pairs]) for side in (0, 1))
