@@ -22,14 +22,14 @@ int64_t first_row(const LowRankFactor& factor, int64_t expert) { return expert ?
 
 bool is_adapted(const LowRankFactor& factor, int64_t expert) { return !factor.adapted || factor.adapted[expert]; }
 
-// Calls `work(expert, first column, columns, scratch of [ranks, kStrip])` for every strip of every expert.
+// Calls `work(expert, first column, columns)` for every strip of every expert.
 template <class Work>
 void for_each_strip(int threads, const LowRankFactor& factor, const Work& work) {
     const int64_t strips = (factor.columns + kStrip - 1) / kStrip;
     for_each_item(threads, factor.num_experts * strips, 1, [&] {
-        return [&, scratch = std::vector<float>(factor.ranks * kStrip)](int64_t item) mutable {
+        return [&](int64_t item) {
             const int64_t column = item % strips * kStrip;
-            work(item / strips, column, std::min(kStrip, factor.columns - column), scratch.data());
+            work(item / strips, column, std::min(kStrip, factor.columns - column));
         };
     });
 }
@@ -93,21 +93,21 @@ void low_rank_down(const ExpertKernels& kernels, int threads, DType dtype, const
 
 void low_rank_up(const ExpertKernels& kernels, int threads, DType dtype, const float* h, const LowRankFactor& factor,
                  float scale, void* y) {
-    for_each_strip(threads, factor, [&](int64_t expert, int64_t column, int64_t count, float* panel) {
+    for_each_strip(threads, factor, [&](int64_t expert, int64_t column, int64_t count) {
         const int64_t first = first_row(factor, expert), rows = factor.ends[expert] - first;
         if (rows > 0 && is_adapted(factor, expert))
             kernels.up(h + first * factor.ranks, rows, scale, element(factor, expert, column), factor.rank_stride,
-                       factor.ranks, count, at(y, dtype, first * factor.columns + column), factor.columns, panel);
+                       factor.ranks, count, at(y, dtype, first * factor.columns + column), factor.columns);
     });
 }
 
 void low_rank_gradient(const ExpertKernels& kernels, int threads, DType dtype, const float* h, const void* x,
                        float scale, const LowRankFactor& factor) {
-    for_each_strip(threads, factor, [&](int64_t expert, int64_t column, int64_t count, float* sums) {
+    for_each_strip(threads, factor, [&](int64_t expert, int64_t column, int64_t count) {
         const int64_t first = first_row(factor, expert);
         const int64_t rows = is_adapted(factor, expert) ? factor.ends[expert] - first : 0;
         kernels.gradient(h + first * factor.ranks, rows, scale, at(x, dtype, first * factor.columns + column),
-                         factor.columns, factor.ranks, count, element(factor, expert, column), factor.rank_stride, sums);
+                         factor.columns, factor.ranks, count, element(factor, expert, column), factor.rank_stride);
     });
 }
 

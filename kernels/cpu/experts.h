@@ -27,8 +27,8 @@ struct LowRankFactor {
     int64_t num_experts, ranks, columns;
 };
 
-// Columns of one piece of work of `up` and `gradient`: two cache lines of bf16.
-constexpr int64_t kStrip = 64;
+// Columns of one piece of work of `up` and `gradient`.
+constexpr int64_t kStrip = 192;
 
 // One instruction set and pair of types, on one thread. Strides in elements.
 struct ExpertKernels {
@@ -44,13 +44,13 @@ struct ExpertKernels {
     void (*down)(const void* x, int64_t rows, const void* factor, int64_t rank_stride, int64_t ranks, int64_t columns,
                  float* h);
 
-    // y[rows, count] += scale * h F, `count` <= kStrip columns of both; `panel` has room for [ranks, kStrip].
+    // y[rows, count] += scale * h F, `count` columns of both.
     void (*up)(const float* h, int64_t rows, float scale, const void* factor, int64_t rank_stride, int64_t ranks,
-               int64_t count, void* y, int64_t stride, float* panel);
+               int64_t count, void* y, int64_t stride);
 
-    // F[ranks, count] = scale * h^T x, `count` <= kStrip columns of both; `sums` has room for [ranks, kStrip].
+    // F[ranks, count] = scale * h^T x, `count` columns of both.
     void (*gradient)(const float* h, int64_t rows, float scale, const void* x, int64_t stride, int64_t ranks,
-                     int64_t count, void* factor, int64_t rank_stride, float* sums);
+                     int64_t count, void* factor, int64_t rank_stride);
 };
 
 const ExpertKernels& portable_experts(DType activations, DType factors);

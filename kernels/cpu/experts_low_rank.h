@@ -3,8 +3,9 @@
 // LoRA is a few per cent of the block's arithmetic, so these stay simple: fp32 vectors, no packing of what is used once.
 
 constexpr int kDotRows = 3, kDotRanks = 4;   // 12 sums and 5 operands fill 16 registers
-constexpr int kTileRows = 6, kTileVecs = 2;  // likewise
-constexpr int64_t kPanelRows = 64;           // of x: a panel is 16 KB, which stays in the L1 cache
+constexpr int kTileRows = WIDTH == 16 ? 8 : 6, kTileVecs = 2;  // likewise; AVX-512 has 32 registers
+constexpr int64_t kTileColumns = kTileVecs * WIDTH;
+static_assert(kStrip % kTileColumns == 0);
 
 // Vectors of elements of which products are summed, so that any order will do if both sides have it: bf16 pairs are
 // split into even and odd elements, in half of the instructions of widening them in order.
@@ -81,76 +82,81 @@ TARGET void down(const void* x, int64_t rows, const void* factor, int64_t rank_s
                      rank_stride, ranks - r, columns, h + i * ranks + r, ranks);
 }
 
-// Rows of `count` <= kStrip columns as fp32, zero up to kStrip.
-template <class T>
-TARGET static inline void pack_panel(const T* from, int64_t stride, int64_t rows, int64_t count, float* panel) {
-    for (int64_t k = 0; k < rows; ++k)
-        for (int64_t c = 0; c < kStrip; c += WIDTH)
-            store(panel + k * kStrip + c, c < count ? load_some(from + k * stride + c, count - c) : vec{});
-}
-
-// sums[i, kStrip] (+)= sum over k < depth of a[i * row_step + k * depth_step] * panel[k], for at most kTileRows rows. A
-// short tile repeats its first row, and stores it once.
-TARGET static inline void multiply_tile(const float* a, int64_t row_step, int64_t depth_step, int64_t rows,
-                                        const float* panel, int64_t depth, float* sums, bool accumulate) {
-    static_assert(kTileVecs == 2 && kStrip % (kTileVecs * WIDTH) == 0);
-    int64_t offset[kTileRows];
-    for (int i = 0; i < kTileRows; ++i) offset[i] = (i < rows ? i : 0) * row_step;
-    for (int64_t c = 0; c < kStrip; c += kTileVecs * WIDTH) {
-        vec total[kTileRows][kTileVecs] = {};
-        for (int64_t k = 0; k < depth; ++k) {
-            const vec b0 = load(panel + k * kStrip + c), b1 = load(panel + k * kStrip + c + WIDTH);
-#pragma GCC unroll 6
-            for (int i = 0; i < kTileRows; ++i) {
-                const vec value = broadcast(a[offset[i] + k * depth_step]);
-                total[i][0] += value * b0;
-                total[i][1] += value * b1;
-            }
-        }
-#pragma GCC unroll 6
-        for (int i = 0; i < kTileRows; ++i) {
-            if (i >= rows) break;
+// sums[i] = sum over k < depth of a[i * row_step + k * depth_step] * b[k * stride], for at most kTileRows rows and
+// kTileColumns columns, or the first `count` if not WHOLE; a short tile repeats its first row. Then calls
+// `put(i, column, sums, count)` for every row and vector of columns, of which `count` are meant.
+template <bool WHOLE, class T, class Put>
+TARGET static inline void multiply_tile(const float* a, int64_t row_step, int64_t depth_step, int64_t rows, const T* b,
+                                        int64_t stride, int64_t depth, int64_t count, const Put& put) {
+    const float* row[kTileRows];
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) row[i] = a + (i < rows ? i : 0) * row_step;
+    vec sums[kTileRows][kTileVecs] = {};
+    for (int64_t k = 0; k < depth; ++k, b += stride) {
+        vec value[kTileVecs];
 #pragma GCC unroll 2
-            for (int j = 0; j < kTileVecs; ++j) {
-                float* to = sums + i * kStrip + c + j * WIDTH;
-                store(to, accumulate ? load(to) + total[i][j] : total[i][j]);
-            }
+        for (int j = 0; j < kTileVecs; ++j)
+            if constexpr (WHOLE)
+                value[j] = load(b + j * WIDTH);
+            else
+                value[j] = j * WIDTH < count ? load_some(b + j * WIDTH, count - j * WIDTH) : vec{};
+#pragma GCC unroll 8
+        for (int i = 0; i < kTileRows; ++i) {
+            const vec factor = broadcast(row[i][k * depth_step]);
+#pragma GCC unroll 2
+            for (int j = 0; j < kTileVecs; ++j) sums[i][j] += factor * value[j];
         }
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < kTileVecs; ++j)
+            if (i < rows && (WHOLE || j * WIDTH < count))
+                put(i, j * WIDTH, sums[i][j], WHOLE ? WIDTH : count - j * WIDTH);
+}
+
+template <class T, class Put>
+TARGET static inline void multiply_tile(const float* a, int64_t row_step, int64_t depth_step, int64_t rows, const T* b,
+                                        int64_t stride, int64_t depth, int64_t count, const Put& put) {
+    if (count >= kTileColumns)
+        multiply_tile<true>(a, row_step, depth_step, rows, b, stride, depth, count, put);
+    else
+        multiply_tile<false>(a, row_step, depth_step, rows, b, stride, depth, count, put);
 }
 
 template <class X, class F>
 TARGET void up(const float* h, int64_t rows, float scale, const void* factor, int64_t rank_stride, int64_t ranks,
-               int64_t count, void* y, int64_t stride, float* panel) {
-    pack_panel(static_cast<const F*>(factor), rank_stride, ranks, count, panel);
-    alignas(64) float sums[kTileRows * kStrip];
+               int64_t count, void* y, int64_t stride) {
     for (int64_t first = 0; first < rows; first += kTileRows) {
         // A short piece of each of many rows: those of the next tile, to arrive while this one is multiplied.
         for (int64_t next = first + kTileRows; next < rows && next < first + 2 * kTileRows; ++next)
             prefetch(reinterpret_cast<const uint8_t*>(static_cast<const X*>(y) + next * stride), count * sizeof(X));
-        multiply_tile(h + first * ranks, ranks, 1, rows - first, panel, ranks, sums, false);
-        for (int64_t i = 0; i < kTileRows && first + i < rows; ++i) {
-            X* row = static_cast<X*>(y) + (first + i) * stride;
-            int64_t c = 0;
-            for (; c + WIDTH <= count; c += WIDTH) store(row + c, load(row + c) + scale * load(sums + i * kStrip + c));
-            if (c < count)
-                store_some(row + c, load_some(row + c, count - c) + scale * load(sums + i * kStrip + c), count - c);
+        for (int64_t c = 0; c < count; c += kTileColumns) {
+            X* corner = static_cast<X*>(y) + first * stride + c;
+            multiply_tile(h + first * ranks, ranks, 1, rows - first, static_cast<const F*>(factor) + c, rank_stride,
+                          ranks, count - c, [=](int64_t i, int64_t column, vec sums, int64_t left) TARGET {
+                              X* to = corner + i * stride + column;
+                              store_some(to, load_some(to, left) + scale * sums, left);
+                          });
         }
     }
 }
 
 template <class X, class F>
 TARGET void gradient(const float* h, int64_t rows, float scale, const void* x, int64_t stride, int64_t ranks,
-                     int64_t count, void* factor, int64_t rank_stride, float* sums) {
-    for (int64_t i = 0; i < ranks * kStrip; ++i) sums[i] = 0;
-    alignas(64) float panel[kPanelRows * kStrip];
-    for (int64_t first = 0; first < rows; first += kPanelRows) {
-        const int64_t depth = rows - first < kPanelRows ? rows - first : kPanelRows;
-        pack_panel(static_cast<const X*>(x) + first * stride, stride, depth, count, panel);
-        for (int64_t r = 0; r < ranks; r += kTileRows)
-            multiply_tile(h + first * ranks + r, 1, ranks, ranks - r, panel, depth, sums + r * kStrip, true);
+                     int64_t count, void* factor, int64_t rank_stride) {
+    for (int64_t c = 0; c < count; c += kTileColumns) {
+        const X* from = static_cast<const X*>(x) + c;
+        // As in `up`: the next columns, of all rows.
+        if (c + kTileColumns < count)
+            for (int64_t i = 0; i < rows; ++i)
+                prefetch(reinterpret_cast<const uint8_t*>(from + i * stride + kTileColumns), kTileColumns * sizeof(X));
+        for (int64_t r = 0; r < ranks; r += kTileRows) {
+            F* corner = static_cast<F*>(factor) + r * rank_stride + c;
+            multiply_tile(h + r, 1, ranks, ranks - r, from, stride, rows, count - c,
+                          [=](int64_t i, int64_t column, vec sums, int64_t left) TARGET {
+                              store_some(corner + i * rank_stride + column, scale * sums, left);
+                          });
+        }
     }
-    for (int64_t r = 0; r < ranks; ++r)
-        for (int64_t c = 0; c < count; c += WIDTH)
-            store_some(static_cast<F*>(factor) + r * rank_stride + c, scale * load(sums + r * kStrip + c), count - c);
 }
