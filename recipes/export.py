@@ -149,7 +149,6 @@ def export_run(
                 deltas,
                 cast(Stored, merged),
                 excerpts,
-                calibrated=report.calibrated,
                 merged_training=cfg.adapter.qat,
             )
             fault = fidelity_fault(fidelity.base, fidelity.exported, min_fidelity)

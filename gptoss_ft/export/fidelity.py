@@ -6,7 +6,7 @@ base's mapped files with and without the adapter beside them, as they were in tr
 T tokens · H hidden · P positions · K in columns · O out rows · N inputs of a weight
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -45,7 +45,10 @@ class LayerDistance:
 
 @dataclass
 class OutputError:
-    """Squared norms over inputs x of a weight: what is wrong with its outputs, (W' - W - D) x, and D x itself."""
+    """Squared norms over inputs x of a weight: what is wrong with its outputs, (W' - W - D) x + b' - b, and D x itself.
+
+    Of biases b, those of experts may be corrected.
+    """
 
     error_sq: float = 0.0
     update_sq: float = 0.0
@@ -110,7 +113,6 @@ def measure_fidelity(
     export: Stored,
     excerpts: Sequence[Excerpt],
     *,
-    calibrated: Mapping[str, Collection[int]] | None = None,
     merged_training: bool = False,
     progress: bool = True,
 ) -> Fidelity:
@@ -118,13 +120,11 @@ def measure_fidelity(
 
     Args:
         adapter: what training saved, in PEFT's layout, and `deltas` what it says.
-        calibrated: experts by HF weight name that were rounded for their inputs in the merged model, with a correction
-            of their bias: what their weights alone put out on other inputs is not compared.
         merged_training: it was trained through the rounding of its merge, see `compute_merged`; no outputs of updates
             are compared then, since what was trained is the rounded weight.
     """
     with torch.no_grad():
-        run = _SideBySide(base, adapter, {} if merged_training else deltas, calibrated or {}, export, excerpts)
+        run = _SideBySide(base, adapter, {} if merged_training else deltas, export, excerpts)
         if merged_training:
             compute_merged(run.model)
         numbers = range(base.spec.num_hidden_layers)
@@ -151,12 +151,10 @@ class _SideBySide:
         base: Checkpoint,
         adapter: Path,
         deltas: Mapping[str, LowRankDelta],
-        calibrated: Mapping[str, Collection[int]],
         export: Stored,
         excerpts: Sequence[Excerpt],
     ) -> None:
         self.base, self.deltas, self.export, self.excerpts = base, deltas, export, excerpts
-        self.calibrated = calibrated
         precision = "bf16" if base.layout == "bf16" else "mxfp4"
         self.model, _ = load_adapter(load_base(base.path, precision=precision), adapter)
         core = self.model.get_base_model()
@@ -215,7 +213,7 @@ class _SideBySide:
         for projection in PROJECTIONS:
             name = f"{prefix}mlp.experts.{projection}"
             for expert, (start, stop) in enumerate(pairwise([0, *ends_E])):
-                if name in self.deltas and start < stop and expert not in self.calibrated.get(name, ()):
+                if name in self.deltas and start < stop:
                     self._compare(name, expert, rows[projection][start:stop])
 
     def _compare(self, name: str, expert: int | None, x_NK: Tensor) -> None:
@@ -227,13 +225,20 @@ class _SideBySide:
         x_NK = x_NK[:MAX_INPUTS].float()
         update_NO = delta.scaling * (x_NK @ down.float().T) @ up.float().T
         applied_OK = _weight(self.export, name, expert) - _weight(self.base, name, expert)
+        applied_NO = x_NK @ applied_OK.T
+        if expert is not None:
+            applied_NO += _bias(self.export, name, expert) - _bias(self.base, name, expert)
         found = self.output_errors[name]
-        found.error_sq += float((x_NK @ applied_OK.T - update_NO).square().sum())
+        found.error_sq += float((applied_NO - update_NO).square().sum())
         found.update_sq += float(update_NO.square().sum())
 
 
 def _weight(files: Stored, name: str, expert: int | None) -> Tensor:
     return files.read(name).float() if expert is None else expert_weight(files, name, expert)
+
+
+def _bias(files: Stored, name: str, expert: int) -> Tensor:
+    return files.read(f"{name}_bias", expert, expert + 1)[0].float()
 
 
 def _apart(found: list[Tensor], wanted: list[Tensor]) -> float:
