@@ -1,7 +1,7 @@
 """From a finished run to a folder that a server loads."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import count
@@ -21,6 +21,7 @@ from gptoss_ft.export.excerpts import Excerpt, select_positions
 from gptoss_ft.export.fidelity import measure_fidelity
 from gptoss_ft.export.fingerprint import base_fingerprint, check_fingerprint
 from gptoss_ft.export.gguf_adapter import export_adapter_gguf
+from gptoss_ft.export.gguf_layout import q8_0_weights
 from gptoss_ft.export.journal import Journal, digest, remove_journals
 from gptoss_ft.export.merge import MERGE_FILE, MergeFormat, MergeReport, merge
 from gptoss_ft.export.merge_record import adapter_digest, as_table, effect_note, holds_already, merge_record
@@ -135,7 +136,7 @@ def export_run(
         if format == "adapter_vllm":
             print(f"serve it with vllm serve BASE --enable-lora --max-lora-rank {max_lora_rank(out)}")
         return out
-    calibrate = None if calibrated is None else calibration(run, checkpoint, deltas, calibrated, out)
+    calibrate = None if calibrated is None else calibration(run, checkpoint, deltas, calibrated, out, format)
     excerpts = fidelity_excerpts(cfg, data, fidelity_tokens) if fidelity_tokens else []
 
     def check(folder: Path, report: MergeReport) -> None:
@@ -234,7 +235,7 @@ def rejected_path(out: Path) -> Path:
 
 
 def calibration(
-    run: RunFolder, base: Checkpoint, deltas: Mapping[str, LowRankDelta], chosen: Calibrated, out: Path
+    run: RunFolder, base: Checkpoint, deltas: Mapping[str, LowRankDelta], chosen: Calibrated, out: Path, format: str
 ) -> Calibration:
     """Load the trained model; says on how much of its training rows it calibrates, and how much is already done.
 
@@ -256,7 +257,8 @@ def calibration(
     refuse_existing(out)
     refuse_other_writers(out)
     samples = calibration_samples(config_of(run), chosen.num_tokens)
-    journal = Journal(out, rounding_key(base, deltas, samples, chosen))
+    q8_0 = q8_0_weights(spec, format)
+    journal = Journal(out, rounding_key(base, deltas, samples, chosen, q8_0))
     if journal.num_weights:
         print(f"going on with {journal.num_weights} expert weights that an interrupted export has rounded")
     model, _ = load_adapter(load_base(base.path), run.adapter)
@@ -270,18 +272,25 @@ def calibration(
         experts=chosen.experts,
         journal=journal,
         num_elements=num_elements(deltas, spec, chosen),
+        q8_0=q8_0,
     )
 
 
 def rounding_key(
-    base: Checkpoint, deltas: Mapping[str, LowRankDelta], samples: list[list[int]], chosen: Calibrated
+    base: Checkpoint,
+    deltas: Mapping[str, LowRankDelta],
+    samples: list[list[int]],
+    chosen: Calibrated,
+    q8_0: Collection[str] = (),
 ) -> str:
     """A digest of all that decides what calibrated rounding makes of each expert.
 
-    Which experts are chosen is part of it: those after them are rounded for what they leave.
+    Which experts are chosen is part of it, and which other weights the file holds in 8 bits: those after them are
+    rounded for what they leave.
     """
     places = [None if numbers is None else sorted(numbers) for numbers in (chosen.layers, chosen.experts)]
-    return digest([base_fingerprint(base), adapter_digest(deltas), ROUNDING_RULES, PAIRED_RULES, samples, places])
+    rules = [ROUNDING_RULES, PAIRED_RULES, sorted(q8_0)]
+    return digest([base_fingerprint(base), adapter_digest(deltas), *rules, samples, places])
 
 
 def num_elements(deltas: Mapping[str, LowRankDelta], spec: GptOssSpec, chosen: Calibrated) -> int:

@@ -24,7 +24,7 @@ _WEIGHT = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<projecti
 class Calibration:
     """Rounds the experts of `model` for their inputs, if asked in the order of its layers, as `MergedWeights` does.
 
-    Uses as many of torch's threads as there are when it is made. See `Streams` for the first four arguments.
+    Uses as many of torch's threads as there are when it is made. See `Streams` for the first four arguments and `q8_0`.
 
     Args:
         layers, experts: round experts of these numbers only; None stands for all.
@@ -44,9 +44,10 @@ class Calibration:
         experts: Collection[int] | None = None,
         journal: Journal | None = None,
         num_elements: int | None = None,
+        q8_0: Collection[str] = (),
     ) -> None:
         self.num_threads = torch.get_num_threads()
-        self.streams = Streams(model, base, deltas, samples)
+        self.streams = Streams(model, base, deltas, samples, q8_0)
         # Of one projection, by its weight name.
         self.inputs: dict[str, PairedInputs] = {}
         self.layers, self.experts = layers, experts
@@ -72,12 +73,12 @@ class Calibration:
             self.inputs.clear()
             with torch_threads(self.num_threads):
                 self.inputs[name] = self.streams.inputs(projection)
-        trained_NK, merged_NK = self.inputs[name].of(expert)
+        trained_NK, merged_NK, left_NO = self.inputs[name].of(expert)
         if len(merged_NK) < MIN_INPUTS:
             self.progress.skip(update)
             return None
         started = perf_counter()
-        rounded = round_paired(trained_NK, merged_NK, update, pool, self.num_threads)
+        rounded = round_paired(trained_NK, merged_NK, update, pool, self.num_threads, left_NO)
         if self.journal:
             self.journal.write(name, expert, update, rounded)
         self.progress.rounded(update, perf_counter() - started)

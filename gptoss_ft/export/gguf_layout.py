@@ -83,6 +83,14 @@ def gguf_tensors(spec: GptOssSpec, format: GgufFormat) -> dict[str, tuple[GgufTe
     return tensors
 
 
+def q8_0_weights(spec: GptOssSpec, format: str) -> frozenset[str]:
+    """HF names of what a file of this format, if it is a GGUF one, holds in ggml's 8 bits."""
+    if format not in MATRIX_TYPES:
+        return frozenset()
+    tensors = gguf_tensors(spec, format)
+    return frozenset(name for name, parts in tensors.items() if parts[0].type == GGMLQuantizationType.Q8_0)
+
+
 def to_q8_0(values: Tensor) -> Tensor:
     """Numbers [..., K] as rows of ggml's 8-bit blocks, uint8 [..., K / 32 · 34]."""
     return torch.from_numpy(quantize(values.float().numpy(), GGMLQuantizationType.Q8_0))

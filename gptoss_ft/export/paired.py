@@ -1,9 +1,10 @@
 """Round an expert so that it puts out in the merged model what it puts out in the trained one.
 
 Its inputs x' in the merged model are other than x in the trained one, since the layers before it were rounded too. The
-weight Q and the bias b' that are written are to bring Q x' + b' near T x + b, T the trained weight:
+weight Q and the bias b' that are written are to bring Q x' + b' near T x + b + l, T the trained weight and l what was
+left elsewhere for this expert to make good:
 
-1. What x' tells of the outputs T (x - x') that would be missing, found by ridge regression, is added to T.
+1. What x' tells of the outputs T (x - x') + l that would be missing, found by ridge regression, is added to T.
 2. The mean of what is missing then goes into the bias, so that Q is rounded for inputs without their mean.
 
 Inputs that had no part in it judge both, row by row of the weight.
@@ -25,15 +26,24 @@ from gptoss_ft.mxfp4.round import UpdateStats, measure_update
 # Added to the diagonal of the second moment of x', as a share of its mean; the best is taken.
 RIDGES = (1.0, 0.1, 0.01)
 # What decides a result beside the rounding itself, for those who keep results: raise the number when methods change.
-RULES = ("paired rounding 1", RIDGES)
+RULES = ("paired rounding 2", RIDGES)
 
 
 def round_paired(
-    trained_NK: Tensor, merged_NK: Tensor, update: PackedUpdate, pool: ThreadPoolExecutor, num_threads: int
+    trained_NK: Tensor,
+    merged_NK: Tensor,
+    update: PackedUpdate,
+    pool: ThreadPoolExecutor,
+    num_threads: int,
+    left_NO: Tensor | None = None,
 ) -> Rounded:
-    """Round one expert for its inputs, which belong together row by row, in the trained and in the merged model."""
+    """Round one expert for its inputs, which belong together row by row, in the trained and in the merged model.
+
+    Args:
+        left_NO: what its outputs are to make good beside, none if None.
+    """
     with torch_threads(num_threads):
-        rounding = PairedRounding(trained_NK, merged_NK, update)
+        rounding = PairedRounding(trained_NK, merged_NK, update, left_NO)
     blocks, scales, bias = (torch.empty_like(part) for part in (update.blocks, update.scales, update.bias))
 
     def round_rows(rows: slice) -> UpdateStats:
@@ -46,20 +56,28 @@ def round_paired(
 class PairedRounding:
     """Rounds rows of one expert's weight. See `round_paired`."""
 
-    def __init__(self, trained_NK: Tensor, merged_NK: Tensor, update: PackedUpdate) -> None:
+    def __init__(
+        self, trained_NK: Tensor, merged_NK: Tensor, update: PackedUpdate, left_NO: Tensor | None = None
+    ) -> None:
         self.update = update
-        held_out = is_held_out(len(merged_NK))
-        self.trained_MK, self.merged_MK = trained_NK[held_out].float(), merged_NK[held_out].float()
-        fitted, fitted_merged = trained_NK[~held_out].float(), merged_NK[~held_out].float()
-        self.trained_mean, self.merged_mean = fitted.mean(0), fitted_merged.mean(0)
-        self.missing_OK = _missing_outputs(
-            update.target(slice(None)),
-            (fitted - self.trained_mean, fitted_merged - self.merged_mean),
-            (self.trained_MK - self.trained_mean, self.merged_MK - self.merged_mean),
-        )
+        if left_NO is None:
+            left_NO = torch.zeros(1, len(update.blocks)).expand(len(merged_NK), -1)
+        held_out, pairs = is_held_out(len(merged_NK)), (trained_NK, merged_NK, left_NO)
+        fitted = [part[~held_out].float() for part in pairs]
+        self.trained_mean, self.merged_mean, self.left_mean = (part.mean(0) for part in fitted)
+        self.trained_MK, self.merged_MK, self.left_MO = judges = [part[held_out].float() for part in pairs]
+        target_OK = update.target(slice(None))
+
+        def centred(trained: Tensor, merged: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+            """Inputs in the merged model, and what T would leave missing of their outputs."""
+            merged = merged - self.merged_mean
+            return merged, (trained - self.trained_mean - merged) @ target_OK.T + (left - self.left_mean)
+
+        inputs, missing_NO = centred(*fitted)
+        self.missing_OK = _missing_outputs((inputs, missing_NO), centred(*judges))
         rows = trial_rows(len(update.blocks))
         trial = self._wanted(update.target(rows), rows), update.blocks[rows], update.scales[rows]
-        self.rounding = CalibratedRounding(fitted_merged - self.merged_mean, trial)
+        self.rounding = CalibratedRounding(inputs, trial)
 
     def round(self, rows: slice) -> Rounded:
         """Of some rows."""
@@ -71,9 +89,9 @@ class PairedRounding:
         base, written = (
             dequantize_mxfp4(*packed, torch.float32) for packed in ((base_blocks, base_scales), (blocks, scales))
         )
-        missing = target @ self.trained_mean - written @ self.merged_mean
+        missing = target @ self.trained_mean + self.left_mean[rows] - written @ self.merged_mean
         corrected = (base_bias.float() + missing).to(base_bias.dtype)
-        outputs_MO = self.trained_MK @ target.T
+        outputs_MO = self.trained_MK @ target.T + self.left_MO[:, rows]
         wrong_MO = outputs_MO - self.merged_MK @ written.T
         base_cost = (outputs_MO - self.merged_MK @ base.T).square().sum(0)
         uncorrected_cost = wrong_MO.square().sum(0)
@@ -98,22 +116,19 @@ class PairedRounding:
         return target if self.missing_OK is None else target + self.missing_OK[rows]
 
 
-def _missing_outputs(
-    target_OK: Tensor, fitted: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]
-) -> Tensor | None:
-    """A weight `[O, K]` whose outputs on x' come near T (x - x'), from pairs of x and x'; None where none is better.
+def _missing_outputs(fitted: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]) -> Tensor | None:
+    """A weight `[O, K]` whose outputs on x' come near those missing, from pairs of both; None where none is better.
 
     By the ridge that is best on the pairs held out.
     """
-    _, merged_NK = fitted
-    missing_NO, missing_MO = ((x - x_merged) @ target_OK.T for x, x_merged in (fitted, held_out))
+    (merged_NK, missing_NO), (merged_MK, missing_MO) = fitted, held_out
     num_inputs, num_columns = merged_NK.shape
     # With f the inputs, fᵀ (f fᵀ + λ)⁻¹ = (fᵀ f + λ)⁻¹ fᵀ: the smaller matrix is solved for.
     is_wide = num_columns > num_inputs
     gram = merged_NK @ merged_NK.T if is_wide else merged_NK.T @ merged_NK
     right = missing_NO if is_wide else merged_NK.T @ missing_NO
     # f' fᵀ for held-out f', or f': what a solution is multiplied with to give outputs.
-    left = held_out[1] @ merged_NK.T if is_wide else held_out[1]
+    left = merged_MK @ merged_NK.T if is_wide else merged_MK
     lowest, best = missing_MO.square().sum(), None
     for ridge in RIDGES:
         ridged = gram.clone()

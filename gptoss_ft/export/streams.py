@@ -1,12 +1,13 @@
 """The trained and the merged model side by side on the same rows, a decoder layer at a time.
 
 What rounding left of one layer reaches the experts of the next ones: they are given other inputs than in the trained
-model, and are to put out on these what the trained model does.
+model, and are to put out on these what the trained model does. What a layer's output lacks all the same, because of the
+routing or of layers before, its experts make good.
 
 T tokens of all rows · H hidden · K experts per token · N = T·K rows sorted by expert · E experts
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from gptoss_ft.adapters.experts import ExpertsLora
 from gptoss_ft.export.deltas import LowRankDelta
+from gptoss_ft.export.gguf_layout import through_q8_0
 from gptoss_ft.export.layerwise import first_states
 from gptoss_ft.export.merged import Rounded
 from gptoss_ft.kernels.dispatch import merge_bf16
@@ -26,16 +28,21 @@ from gptoss_ft.model.load import load_base
 
 @dataclass(frozen=True)
 class PairedInputs:
-    """What a projection's experts are given in both models, rows `[N, in]`, of which expert e's end at `ends_E[e]`."""
+    """What a projection's experts are given in both models, rows `[N, in]`, of which expert e's end at `ends_E[e]`.
+
+    Attributes:
+        left: what else each row's output is to make good, `[N, out]`; None for nothing.
+    """
 
     trained: Tensor
     merged: Tensor
     ends_E: Sequence[int]
+    left: Tensor | None = None
 
-    def of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """One expert's inputs in the trained and in the merged model."""
+    def of(self, expert: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One expert's inputs in the trained and in the merged model, and what else is to be made good."""
         rows = slice(self.ends_E[expert - 1] if expert else 0, self.ends_E[expert])
-        return self.trained[rows], self.merged[rows]
+        return self.trained[rows], self.merged[rows], None if self.left is None else self.left[rows]
 
 
 class Streams:
@@ -48,6 +55,7 @@ class Streams:
         base: its base, packed.
         deltas: its updates.
         samples: token ids of each calibration row; they are run one at a time, so there is no padding.
+        q8_0: HF names of the weights outside the experts that the merged model's file holds in ggml's 8 bits.
     """
 
     def __init__(
@@ -56,14 +64,17 @@ class Streams:
         base: Checkpoint,
         deltas: Mapping[str, LowRankDelta],
         samples: Sequence[Sequence[int]],
+        q8_0: Collection[str] = (),
     ) -> None:
         model = trained.get_base_model()
         self.trained_layers, self.merged_layers = list(model.model.layers), list(load_base(base.path).model.layers)
-        self.deltas = deltas
+        self.deltas, self.q8_0 = deltas, q8_0
         self.number = -1
         # By row: what the next layer is given, of the merged model what its experts' outputs are added to.
         self.trained, self.arguments = first_states(model, samples, torch.bfloat16)
         self.merged = list(self.trained)
+        if "model.embed_tokens.weight" in q8_0:
+            self.merged = [_through_q8_0(embedded) for embedded in self.trained]
         self.trained_experts, self.merged_experts = _Watched(), _Watched()
         # Parameters of the merged layer and the data of the base's that they had.
         self.mapped: list[tuple[nn.Parameter, Tensor]] = []
@@ -86,14 +97,27 @@ class Streams:
 
         Those of down_proj follow from what has been written of gate_up_proj.
         """
-        hidden_TH, experts_TK, _ = self.merged_experts.joined()
+        hidden_TH, experts_TK, routing_TK = self.merged_experts.joined()
         merged, _ = projection_inputs(self.merged_layers[self.number].mlp.experts, hidden_TH, experts_TK)
         experts, low_rank = self.trained_layers[self.number].mlp.experts, {}
         if isinstance(experts, ExpertsLora):
             low_rank = {lora.projection: lora.low_rank() for lora in experts.nested()}
             experts = experts.get_base_layer()
-        trained, ends_E = projection_inputs(experts, self.trained_experts.joined()[0], experts_TK, low_rank)
-        return PairedInputs(trained[projection], merged[projection], ends_E)
+        hidden_TH, *_ = self.trained_experts.joined()
+        trained, ends_E = projection_inputs(experts, hidden_TH, experts_TK, low_rank)
+        left = self._left(hidden_TH, experts_TK, routing_TK) if projection == "down_proj" else None
+        return PairedInputs(trained[projection], merged[projection], ends_E, left)
+
+    def _left(self, hidden_TH: Tensor, experts_TK: Tensor, routing_TK: Tensor) -> Tensor:
+        """What a token still lacks for the trained layer's output if its experts put out what the trained ones do.
+
+        A token's routing weights add up to one: it is had if each of its experts puts it out beside. `[N, H]`
+        """
+        out_TH = self.trained_layers[self.number].mlp.experts(hidden_TH, experts_TK, routing_TK)
+        wanted_TH, before_TH = (torch.cat(rows, 1)[0] for rows in (self.trained, self.merged))
+        left_TH = (wanted_TH.float() - before_TH.float() - out_TH.float()).to(out_TH.dtype)
+        order_N = experts_TK.reshape(-1).argsort(stable=True)
+        return left_TH[order_N // experts_TK.shape[1]]
 
     def write(self, projection: str, expert: int, rounded: Rounded) -> None:
         """What one expert of this layer is in the merged model, if not the base's."""
@@ -107,14 +131,16 @@ class Streams:
         for name, parameter in layer.named_parameters():
             stack = prefix + name.rpartition("_")[0]
             delta = self.deltas.get(prefix + name) or self.deltas.get(stack)
-            if delta is None:
+            if delta is None and prefix + name not in self.q8_0:
                 continue
             self.mapped.append((parameter, parameter.data))
-            factors = None if stack in self.deltas else delta.factors()
-            if factors is None:
-                parameter.data = parameter.data.clone()
-            else:
+            factors = delta.factors() if delta and stack not in self.deltas else None
+            if delta and factors:
                 parameter.data = merge_bf16(parameter.data, factors[1], factors[0], delta.scaling)
+            else:
+                parameter.data = parameter.data.clone()
+            if prefix + name in self.q8_0:
+                parameter.data = _through_q8_0(parameter.data)
         return layer
 
     def _close_merged(self) -> None:
@@ -126,6 +152,11 @@ class Streams:
         for parameter, data in self.mapped:
             parameter.data = data
         self.mapped.clear()
+
+
+def _through_q8_0(values: Tensor) -> Tensor:
+    """What 8 bits leave of bf16 numbers, in bf16, whose own rounding is small beside that."""
+    return through_q8_0(values).to(values.dtype)
 
 
 class _Watched:

@@ -18,6 +18,7 @@ from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.distance import quantile
 from gptoss_ft.export.fingerprint import base_fingerprint, check_fingerprint, write_fingerprint
+from gptoss_ft.export.gguf_layout import q8_0_weights
 from gptoss_ft.files import partial_of
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
@@ -172,7 +173,9 @@ def test_what_was_rounded_is_used_again_for_the_same_only(run, small_bases, tmp_
     config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
     keys.append(rounding_key(base, read_adapter(folder, base.spec), [[1, 2], [3]], all_of_them))
     keys.append(rounding_key(base, deltas, [[1, 2], [3]], Calibrated(100, layers=frozenset({0}))))
-    assert keys[0] == keys[1] and len(set(keys)) == 5
+    keys.append(rounding_key(base, deltas, [[1, 2], [3]], all_of_them, q8_0_weights(base.spec, "gguf_q8_0")))
+    assert keys[0] == keys[1] and len(set(keys)) == 6
+    assert rounding_key(base, deltas, [[1, 2], [3]], all_of_them, q8_0_weights(base.spec, "gguf")) == keys[0]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from gptoss_ft.adapters.save import load_adapter, save_adapter
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.calibrate import Calibration, Progress
+from gptoss_ft.export.gguf_layout import q8_0_weights, through_q8_0
 from gptoss_ft.export.journal import Journal, digest, remove_journals
 from gptoss_ft.export.merge import merge
 from gptoss_ft.export.merged import PackedUpdate, Rounded, row_workers
@@ -66,15 +67,20 @@ def paired(small_bases, adapter):
     return base, deltas
 
 
-def test_the_inputs_are_those_of_two_whole_forward_passes(trained, paired, samples, tmp_path):
+@pytest.mark.parametrize("format", ["mxfp4", "gguf_q8_0"])
+def test_the_inputs_are_those_of_two_whole_forward_passes(trained, paired, samples, format, tmp_path):
     """Experts are written as a merge to nearest makes them; its file is then run as a whole."""
     base, deltas = paired
+    q8_0 = q8_0_weights(base.spec, format)
     merge(base, deltas, tmp_path / "merged", format="mxfp4", progress=False)
     merged = load_base(tmp_path / "merged")
     # Another bias is passed on too.
     merged.model.layers[0].mlp.experts.down_proj_bias.data = merged.model.layers[0].mlp.experts.down_proj_bias + 0.5
+    for name, parameter in merged.named_parameters():
+        if name in q8_0:
+            parameter.data = through_q8_0(parameter.data).bfloat16()
 
-    streams, recorded = Streams(trained, base, deltas, samples), []
+    streams, recorded = Streams(trained, base, deltas, samples, q8_0), []
     for layer in merged.model.layers:
         streams.advance()
         inputs = {"gate_up_proj": streams.inputs("gate_up_proj")}
@@ -85,6 +91,16 @@ def test_the_inputs_are_those_of_two_whole_forward_passes(trained, paired, sampl
         recorded.append({**inputs, "down_proj": streams.inputs("down_proj")})
 
     models = {"trained": trained.get_base_model(), "merged": merged}
+    residuals = {name: [[] for _ in model.model.layers] for name, model in models.items()}
+    for layers, name in ((trained.get_base_model().model.layers, "trained"), (merged.model.layers, "merged")):
+        for layer, calls in zip(layers, residuals[name], strict=True):
+            # Of the trained model what a layer puts out, of the merged one what its experts' outputs are added to.
+            if name == "trained":
+                layer.register_forward_hook(lambda _, args, out, calls=calls: calls.append(out[0]))
+            else:
+                layer.post_attention_layernorm.register_forward_hook(
+                    lambda _, args, out, calls=calls: calls.append(args[0][0])
+                )
     seen = {name: [[] for _ in model.model.layers] for name, model in models.items()}
     for name, model in models.items():
         for layer, calls in zip(model.model.layers, seen[name], strict=True):
@@ -93,10 +109,16 @@ def test_the_inputs_are_those_of_two_whole_forward_passes(trained, paired, sampl
     for number, found in enumerate(recorded):
         hidden = {name: torch.cat([call[0] for call in calls[number]]) for name, calls in seen.items()}
         experts_TK = torch.cat([call[1] for call in seen["merged"][number]])
+        routing_TK = torch.cat([call[2] for call in seen["merged"][number]])
+        with torch.no_grad():
+            out_TH = models["trained"].model.layers[number].mlp.experts(hidden["trained"], experts_TK, routing_TK)
+        wanted_TH, before_TH = (torch.cat(residuals[name][number]).double() for name in models)
         stack = f"model.layers.{number}.mlp.experts.gate_up_proj"
         for expert in range(base.spec.num_local_experts):
             chosen_N = (experts_TK == expert).nonzero()[:, 0]
-            gate_up = dict(zip(models, found["gate_up_proj"].of(expert), strict=True))
+            *gate_up, left = found["gate_up_proj"].of(expert)
+            assert left is None
+            gate_up = dict(zip(models, gate_up, strict=True))
             # Sums of all rows at once are in another order than those of a row.
             for name in models:
                 assert (gate_up[name].double() - hidden[name][chosen_N]).norm() < 0.01 * hidden[name].double().norm()
@@ -105,12 +127,15 @@ def test_the_inputs_are_those_of_two_whole_forward_passes(trained, paired, sampl
             trained_OK += deltas[stack].scaling * (deltas[stack].B[expert].double() @ deltas[stack].A[expert].double())
             merged_OK = dequantize_mxfp4(*packed_of(Checkpoint.open(tmp_path / "merged"), stack, expert), torch.float64)
             bias_O = base.tensor(f"{stack}_bias")[expert].double()
-            down = found["down_proj"].of(expert)
+            *down, left_NH = found["down_proj"].of(expert)
             for x, weight_OK, act_NI in zip(gate_up.values(), (trained_OK, merged_OK), down, strict=True):
                 wanted_NI = clamped_swiglu(x.double() @ weight_OK.T + bias_O, alpha=1.702, limit=7.0)
                 # bf16 products and their rounding.
                 assert (act_NI.double() - wanted_NI).norm() < 0.01 * wanted_NI.norm()
                 assert len(act_NI) > 0
+            # With this from each of its experts, whose weights add up to one, a token has what the trained layer gives.
+            had_NH = before_TH[chosen_N] + out_TH[chosen_N] + left_NH
+            assert (had_NH - wanted_TH[chosen_N]).norm() < 0.01 * wanted_TH.norm()
 
 
 def packed_of(checkpoint, stack, expert):

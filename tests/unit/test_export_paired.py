@@ -33,17 +33,17 @@ def case():
     return update, draw
 
 
-def round_(update, trained_NK, merged_NK):
+def round_(update, trained_NK, merged_NK, left_NO=None):
     with row_workers() as pool:
-        return round_paired(trained_NK, merged_NK, update, pool, 1)
+        return round_paired(trained_NK, merged_NK, update, pool, 1, left_NO)
 
 
-def wrong_sq(update, rounded, trained_NK, merged_NK):
+def wrong_sq(update, rounded, trained_NK, merged_NK, left_NO=0):
     """Of the outputs of each row, squared, by dense arithmetic in fp64."""
     base_OK = dequantize_mxfp4(update.blocks, update.scales, torch.float64)
     target_OK = base_OK + update.of_rows(slice(None)).double()
     written_OK = dequantize_mxfp4(rounded.blocks, rounded.scales, torch.float64)
-    wanted_NO = trained_NK.double() @ target_OK.T + update.bias.double()
+    wanted_NO = trained_NK.double() @ target_OK.T + update.bias.double() + left_NO
     return (wanted_NO - merged_NK.double() @ written_OK.T - rounded.bias.double()).square().sum(0)
 
 
@@ -57,6 +57,21 @@ def test_what_layers_before_left_is_made_good(case, num_inputs):
     lost = [float(wrong_sq(update, rounded, *fresh).sum()) for rounded in (paired, alone)]
     assert lost[0] < 0.5 * lost[1]
     assert not torch.equal(paired.bias, update.bias)
+
+
+@pytest.mark.parametrize("num_inputs", [1024, 100])
+def test_what_is_left_beside_is_made_good_as_far_as_inputs_tell(case, num_inputs):
+    update, draw = case
+    generator = torch.Generator().manual_seed(2)
+    told, shift = 0.1 * torch.randn(K, O, generator=generator) * K**-0.5, 0.1 * torch.randn(O, generator=generator)
+
+    def with_left(trained_NK, merged_NK):
+        noise = 0.01 * torch.randn(len(merged_NK), O, generator=generator)
+        return trained_NK, merged_NK, merged_NK @ told + shift + noise
+
+    pairs, fresh = with_left(*draw(num_inputs)), with_left(*draw(FRESH))
+    lost = [float(wrong_sq(update, round_(update, *seen), *fresh).sum()) for seen in (pairs, pairs[:2])]
+    assert lost[0] < 0.5 * lost[1]
 
 
 @pytest.mark.parametrize("num_inputs", [1024, 100])
