@@ -31,9 +31,19 @@ class Documents(NamedTuple):
     numbers_BS: Tensor | None
     tree: Tree | None = None
 
-    def to(self, device: torch.device) -> "Documents":
-        numbers_BS = None if self.numbers_BS is None else self.numbers_BS.to(device)
-        return Documents(numbers_BS, self.tree and Tree(*(places_BS.to(device) for places_BS in self.tree)))
+    def kept_on(self, device: torch.device) -> "Documents":
+        """The same on a device, in tensors that tell whether they were written to, as those of inference mode do not.
+
+        What attention derives from a tensor is kept only then.
+        """
+
+        def kept(tensor: Tensor) -> Tensor:
+            moved = tensor.to(device)
+            return moved.clone() if moved.is_inference() else moved
+
+        with torch.inference_mode(False):
+            numbers_BS = None if self.numbers_BS is None else kept(self.numbers_BS)
+            return Documents(numbers_BS, self.tree and Tree(*map(kept, self.tree)))
 
 
 class DocumentMask:
@@ -58,13 +68,11 @@ class DocumentMask:
             positions_BT: `[B, T]` or `[1, T]`; a document begins where they do not rise.
         """
         if self._found is None:
-            # Tensors of inference mode do not tell whether they were written to, and nothing derived from them is kept.
-            with torch.inference_mode(False):
-                positions_BT = None if positions_BT is None else positions_BT.to(device)
-                padding_BS = None if self._padding_BS is None else self._padding_BS.to(device)
-                self._found = Documents(_documents(positions_BT, padding_BS, B, T, self.num_keys))
+            positions_BT = None if positions_BT is None else positions_BT.to(device)
+            padding_BS = None if self._padding_BS is None else self._padding_BS.to(device)
+            self._found = Documents(_documents(positions_BT, padding_BS, B, T, self.num_keys))
         if device not in self._on_device:
-            self._on_device[device] = self._found.to(device)
+            self._on_device[device] = self._found.kept_on(device)
         return self._on_device[device]
 
     def contiguous(self) -> "DocumentMask":

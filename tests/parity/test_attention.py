@@ -232,20 +232,26 @@ def checkpointing(model) -> Iterator[None]:
     model.eval()
 
 
-def test_documents_are_looked_for_once_for_each_kind_of_layer(deep, ids, told):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("given", ["ids", "padding", "positions", "documents", "trees"])
+def test_documents_are_looked_for_once_for_each_kind_of_layer(deep, ids, told, given, mode):
     batch = packed(ids, 11, 20)
-    given = {"input_ids": ids, "position_ids": batch["position_ids"], "attention_mask": batch["attention_mask"]}
-    for inputs in ({"input_ids": ids}, given):
-        for mode in (torch.no_grad(), torch.inference_mode()):
-            told.clear()
-            with mode, Searches() as searches:
-                deep(**inputs)
-            assert searches.count == 2 and len(told) == 6
-            for kind in (told[::2], told[1::2]):
-                ((documents, tree),) = {id(numbers): (numbers, tree) for numbers, tree in kind}.values()
-                assert tree is None and (documents is None) == (inputs is not given)
-                # flex_attention keeps masks only by tensors that tell of changes.
-                assert documents is None or not documents.is_inference()
+    with mode(), Searches() as searches:
+        if given == "trees":
+            batch["visible_until"] = torch.full_like(ids, LENGTH)
+        if given in ("documents", "trees"):
+            deep(**model_inputs(deep, batch))
+        elif given == "positions":
+            deep(ids, position_ids=batch["position_ids"], attention_mask=batch["attention_mask"])
+        else:
+            deep(ids, attention_mask=batch["attention_mask"] if given == "padding" else None)
+    assert searches.count == (0 if given in ("documents", "trees") else 2) and len(told) == 6
+    for kind in (told[::2], told[1::2]):
+        tensors = [[documents, *(tree or ())] for documents, tree in kind]
+        assert len({tuple(map(id, each)) for each in tensors}) == 1
+        assert (tensors[0] == [None]) == (given == "ids") and len(tensors[0]) == (3 if given == "trees" else 1)
+        # flex_attention keeps masks only by tensors that tell whether they were written to.
+        assert not any(tensor.is_inference() for tensor in tensors[0] if tensor is not None)
 
 
 @pytest.mark.parametrize("trees", [False, True])
