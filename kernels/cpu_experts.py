@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gptoss_ft.kernels.cpu_library import DTYPES, INT, LONG, POINTER, check, common, function
+from gptoss_ft.kernels.reference import check_low_rank
 
 
 class _SwiGLU(ctypes.Structure):
@@ -162,12 +163,7 @@ def _columns_contiguous(factor_ERI: Tensor) -> Tensor:
 def _factor(
     factor_ERI: Tensor, h_TR: Tensor, x_TI: Tensor, ends_E: Sequence[int], experts: Collection[int] | None
 ) -> _Factor:
-    E, R, I = factor_ERI.shape
-    T = x_TI.shape[0]
-    if h_TR.shape != (T, R) or x_TI.shape != (T, I):
-        raise ValueError(f"h {tuple(h_TR.shape)}, rows {tuple(x_TI.shape)} and factor {(E, R, I)} do not fit together")
-    if len(ends_E) != E or list(ends_E) != sorted(ends_E) or min(ends_E) < 0 or max(ends_E) != T:
-        raise ValueError(f"ends_E must be {E} numbers that rise to {T}, not {list(ends_E)}")
+    _, E, R, I = check_low_rank(x_TI, factor_ERI, ends_E, h_TR)
     adapted = None if experts is None else (ctypes.c_uint8 * E)(*(e in experts for e in range(E)))
     strides = factor_ERI.stride()[:2]
     ends = (LONG * E)(*ends_E)

@@ -29,8 +29,10 @@ from gptoss_ft.kernels import (
     merging,
     reference,
 )
+from gptoss_ft.kernels.gpu import low_rank as gpu_low_rank
 from gptoss_ft.kernels.gpu import merging as gpu_merging
 from gptoss_ft.kernels.gpu import packed_experts
+from gptoss_ft.kernels.gpu import rows as gpu_rows
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 from gptoss_ft.kernels.registry import Implementation, Operation, short
 
@@ -45,6 +47,14 @@ FEW_AND_MANY_ROWS = (
 FUSED_AND_DECODED = tuple(
     partial(packed_experts.fusing_under, rows) for rows in (packed_experts.ALWAYS, packed_experts.NEVER)
 )
+# LoRA's kernels in each of their tiles, and with sums in parts.
+RANKS_AND_PARTS = (
+    cases.ODD,
+    replace(cases.ODD, rows_E=(40, 0, 57), rank=70),
+    replace(cases.ODD, rows_E=(600,), inputs=1313),
+)
+# Rows of one tile of columns and of several.
+FEW_AND_MANY_COLUMNS = (cases.ODD, replace(cases.ODD, outputs=2 * 1100))
 
 
 def _library(
@@ -161,14 +171,29 @@ linear = Operation(
 )
 linear_dx = Operation(reference.linear_dx, _library(cpu_gemm.linear_dx, _refuses_dense, (cases.ODD,)), cases.LINEAR_DX)
 clamped_swiglu = Operation(
-    reference.clamped_swiglu, _library(cpu_experts.clamped_swiglu, _refuses_dtypes, (cases.ODD,)), cases.CLAMPED_SWIGLU
+    reference.clamped_swiglu,
+    (
+        _triton(gpu_rows.clamped_swiglu, gpu_rows.unavailable, _refuses_dtypes, FEW_AND_MANY_COLUMNS),
+        *_library(cpu_experts.clamped_swiglu, _refuses_dtypes, (cases.ODD,)),
+    ),
+    cases.CLAMPED_SWIGLU,
 )
 weighted_swiglu_backward = Operation(
     reference.weighted_swiglu_backward,
-    _library(cpu_experts.weighted_swiglu_backward, _refuses_dtypes, (cases.ODD,)),
+    (
+        _triton(gpu_rows.weighted_swiglu_backward, gpu_rows.unavailable, _refuses_dtypes, FEW_AND_MANY_COLUMNS),
+        *_library(cpu_experts.weighted_swiglu_backward, _refuses_dtypes, (cases.ODD,)),
+    ),
     cases.WEIGHTED_SWIGLU_BACKWARD,
 )
-combine = Operation(reference.combine, _library(cpu_experts.combine, _refuses_dtypes, (cases.ODD,)), cases.COMBINE)
+combine = Operation(
+    reference.combine,
+    (
+        _triton(gpu_rows.combine, gpu_rows.unavailable, _refuses_dtypes, FEW_AND_MANY_COLUMNS),
+        *_library(cpu_experts.combine, _refuses_dtypes, (cases.ODD,)),
+    ),
+    cases.COMBINE,
+)
 expert_mixture = Operation(
     reference.expert_mixture, _library(cpu_mixture.expert_mixture, cpu_mixture.refusal), cases.EXPERT_MIXTURE
 )
@@ -179,14 +204,27 @@ attention_inputs = Operation(
     cases.ATTENTION_INPUTS,
 )
 low_rank_down = Operation(
-    reference.low_rank_down, _library(cpu_experts.low_rank_down, _refuses_dtypes, (cases.ODD,)), cases.LOW_RANK_DOWN
+    reference.low_rank_down,
+    (
+        _triton(gpu_low_rank.low_rank_down, gpu_low_rank.unavailable, _refuses_dtypes, RANKS_AND_PARTS),
+        *_library(cpu_experts.low_rank_down, _refuses_dtypes, (cases.ODD,)),
+    ),
+    cases.LOW_RANK_DOWN,
 )
 low_rank_up_ = Operation(
-    reference.low_rank_up_, _library(cpu_experts.low_rank_up_, _refuses_dtypes, (cases.ODD,)), cases.LOW_RANK_UP_
+    reference.low_rank_up_,
+    (
+        _triton(gpu_low_rank.low_rank_up_, gpu_low_rank.unavailable, _refuses_dtypes, RANKS_AND_PARTS),
+        *_library(cpu_experts.low_rank_up_, _refuses_dtypes, (cases.ODD,)),
+    ),
+    cases.LOW_RANK_UP_,
 )
 low_rank_gradient_ = Operation(
     reference.low_rank_gradient_,
-    _library(cpu_experts.low_rank_gradient_, _refuses_dtypes, (cases.ODD,)),
+    (
+        _triton(gpu_low_rank.low_rank_gradient_, gpu_low_rank.unavailable, _refuses_dtypes, RANKS_AND_PARTS),
+        *_library(cpu_experts.low_rank_gradient_, _refuses_dtypes, (cases.ODD,)),
+    ),
     cases.LOW_RANK_GRADIENT_,
 )
 cross_entropy = Operation(

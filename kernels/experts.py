@@ -234,10 +234,19 @@ def _is_step_of_generation(
 
 
 def _sort_by_expert(experts_TK: Tensor, gate_up: ExpertProjection) -> tuple[Tensor, list[int]]:
-    """The order of the choices sorted by expert, and where each expert's end in it."""
-    order_N = experts_TK.reshape(-1).argsort(stable=True)
-    # One device synchronisation for the whole block: products loop over experts on the host.
-    ends_E = experts_TK.reshape(-1).bincount(minlength=gate_up.bias_EO.shape[0]).cumsum(0).tolist()
+    """The order of the choices sorted by expert, and where each expert's end in it.
+
+    Raises:
+        ValueError: if a choice is none of the experts.
+    """
+    E = gate_up.bias_EO.shape[0]
+    sorted_N, order_N = experts_TK.reshape(-1).sort(stable=True)
+    numbers = torch.arange(-1, E, dtype=sorted_N.dtype, device=sorted_N.device)
+    # The block's one wait for the device, because the host plans its products. (bincount waits twice by itself, for the
+    # smallest and the largest number.)
+    below, *ends_E = torch.searchsorted(sorted_N, numbers, right=True).tolist()
+    if below or ends_E[-1] != len(sorted_N):
+        raise ValueError(f"choices of experts must be numbers from 0 to {E - 1}")
     return order_N, ends_E
 
 

@@ -408,9 +408,30 @@ def check_packed_rows(
         raise ValueError("packed weights must be contiguous uint8")
     if rows.ndim != 2 or rows.shape[1] != (I if inputs else O):
         raise ValueError(f"rows {tuple(rows.shape)} must be [T, {I if inputs else O}]")
-    if len(ends_E) != E or list(ends_E) != sorted(ends_E) or min(ends_E) < 0 or max(ends_E) != rows.shape[0]:
-        raise ValueError(f"ends_E must be {E} numbers that rise to {rows.shape[0]}, not {list(ends_E)}")
+    _check_ends(ends_E, E, rows.shape[0])
     return E, O, I
+
+
+def check_low_rank(
+    rows_TI: Tensor, factor_ERI: Tensor, ends_E: Sequence[int], h_TR: Tensor | None = None
+) -> tuple[int, int, int, int]:
+    """(T, E, R, I) of a product of `rows`, or of `h`, with a stacked factor.
+
+    Raises:
+        ValueError: for whatever would make a kernel read or write out of bounds.
+    """
+    E, R, I = factor_ERI.shape
+    T = rows_TI.shape[0]
+    if rows_TI.shape != (T, I) or (h_TR is not None and h_TR.shape != (T, R)):
+        h = "" if h_TR is None else f"h {tuple(h_TR.shape)}, "
+        raise ValueError(f"{h}rows {tuple(rows_TI.shape)} and factor {(E, R, I)} do not fit together")
+    _check_ends(ends_E, E, T)
+    return T, E, R, I
+
+
+def _check_ends(ends_E: Sequence[int], E: int, T: int) -> None:
+    if len(ends_E) != E or list(ends_E) != sorted(ends_E) or min(ends_E) < 0 or max(ends_E) != T:
+        raise ValueError(f"ends_E must be {E} numbers that rise to {T}, not {list(ends_E)}")
 
 
 def _row_ranges(ends_E: Sequence[int]) -> list[tuple[int, slice]]:

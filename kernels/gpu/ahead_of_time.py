@@ -14,13 +14,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.backends.nvidia
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gptoss_ft.kernels.gpu import merge_kernels, merging, mxfp4_kernels, packed_experts
+from gptoss_ft.kernels.gpu import (
+    low_rank,
+    low_rank_kernels,
+    merge_kernels,
+    merging,
+    mxfp4_kernels,
+    packed_experts,
+    row_kernels,
+    rows,
+)
 
 # A100 · L4 and RTX 40 · H100 and H200 · B200
 CAPABILITIES = (80, 89, 90, 100)
@@ -30,9 +40,13 @@ GPT_OSS = ((5760, 2880), (2880, 2880))
 
 ARGUMENT_TYPES = {
     **dict.fromkeys(("blocks", "scales", "out_blocks", "out_scales"), "*u8"),
-    **dict.fromkeys(("tiles_N3", "experts_N"), "*i32"),
-    **dict.fromkeys(("A", "B"), "*fp32"),
-    **dict.fromkeys(("num_blocks", "E", "R"), "i32"),
+    **dict.fromkeys(("tiles_N3", "ranges_E2", "experts_N"), "*i32"),
+    **dict.fromkeys(("A", "B", "h"), "*fp32"),
+    **dict.fromkeys(("num_blocks", "num_columns", "num_rows", "steps_of_part", "num_parts", "E", "R"), "i32"),
+    # Of factors whose columns are contiguous, as those of gpt-oss they are multiples of 16.
+    **dict.fromkeys(("stride_S", "stride_E", "stride_R"), "i32:16"),
+    **dict.fromkeys(("scaling", "alpha", "limit"), "fp32"),
+    "slots": "*i64",
 }
 FUSED_MULTIPLY_ADD = re.compile(r"\bFFMA")
 TENSOR_CORES = re.compile(r"\b((?:HMMA|HGMMA|UTC\w*MMA)[.\w]*)")
@@ -47,12 +61,20 @@ class Build(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     fuses: bool = True  # products and sums to one operation of one rounding
+    fp32: tuple[str, ...] = ()  # arguments in fp32 that are bf16 otherwise
 
     @property
     def name(self) -> str:
-        tile = "×".join(str(value) for key, value in self.constants.items() if key.endswith("_"))
+        names = self.kernel.arg_names
+        tile = "×".join(str(self.constants[name]) for name in names if name.endswith("_"))
         dithered = "_dithered" if self.constants.get("DITHERED") else ""
-        return f"{self.kernel.__name__.removesuffix('_kernel')}{dithered} {tile}"
+        fp32 = ", ".join(name for name in names if name in self.fp32)
+        return f"{self.kernel.__name__.removesuffix('_kernel')}{dithered} {tile}{fp32 and f', {fp32} in fp32'}"
+
+    @property
+    def on_tensor_cores(self) -> bool:
+        """Whether it multiplies what tensor cores can."""
+        return self.constants.get("OPERAND") == tl.bfloat16
 
 
 class Code(NamedTuple):
@@ -85,17 +107,39 @@ def builds(O: int, I: int) -> Iterator[Build]:
         yield Build(merge_kernels.merge_mxfp4_kernel, packed, fuses=False)
     dense = {"O": O, "I": I, "O_": merging.DENSE_ROWS, "I_": merging.DENSE_COLUMNS}
     yield Build(merge_kernels.merge_bf16_kernel, dense, fuses=False)
+    yield Build(row_kernels.clamped_swiglu_kernel, {"N_": rows.TILE})
+    fp32 = ("weights", "d_weights")
+    yield Build(row_kernels.weighted_swiglu_backward_kernel, {"I": I, "I_": rows.TILE}, fp32=fp32)
+    yield Build(row_kernels.combine_kernel, {"K": 4, "I": I, "HAS_WEIGHTS": True, "I_": rows.TILE})
+    # The smallest and the largest tile of ranks. PEFT keeps factors in fp32 beside bf16 rows, unless told otherwise.
+    yield from _low_rank_builds(I, low_rank.LEAST_RANKS, torch.bfloat16, ())
+    yield from _low_rank_builds(I, low_rank.MOST_RANKS, torch.bfloat16, ("factor", "d_factor"))
+    yield from _low_rank_builds(I, low_rank.MOST_RANKS, torch.float32, ("x", "y", "factor", "d_factor"))
+
+
+def _low_rank_builds(I: int, R: int, rows: torch.dtype, fp32: tuple[str, ...]) -> Iterator[Build]:
+    shape = {"R": R, "I": I, "R_": low_rank.ranks_of_a_tile(R, rows), "stride_I": 1}
+    shape["OPERAND"] = tl.bfloat16 if rows == torch.bfloat16 else tl.float32
+    for kernel, tiles in (
+        (low_rank_kernels.low_rank_down_kernel, low_rank.DOWN_TILES),
+        (low_rank_kernels.low_rank_up_kernel, low_rank.UP_TILES),
+        (low_rank_kernels.low_rank_gradient_kernel, (low_rank.GRADIENT_TILE,)),
+    ):
+        for T_, I_, warps, stages in tiles if rows == torch.bfloat16 else (low_rank.FP32_TILE,):
+            yield Build(kernel, shape | {"T_": T_, "I_": I_}, warps, stages, fp32=fp32)
 
 
 def compile_for(capability: int, build: Build) -> Code:
     """Compile one build, its tensors aligned as torch allocates them, and read its machine code."""
     names = build.kernel.arg_names
-    types = {name: ARGUMENT_TYPES.get(name, "*bf16") for name in names if name not in build.constants}
+    types = ARGUMENT_TYPES | dict.fromkeys(build.fp32, "*fp32") | dict.fromkeys(build.constants, "constexpr")
+    signature = {name: types.get(name, "*bf16") for name in names}
+    aligned = [n for n, name in enumerate(names) if signature[name][0] == "*" or signature[name].endswith(":16")]
     source = ASTSource(
         fn=build.kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
+        signature={name: type.removesuffix(":16") for name, type in signature.items()},
         constexprs=build.constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, type in types.items() if type[0] == "*"},
+        attrs={(n,): [["tt.divisibility", 16]] for n in aligned},
     )
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "enable_fp_fusion": build.fuses}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gptoss_ft.kernels.gpu import device
+from gptoss_ft.kernels.gpu.launch import on_device
 from gptoss_ft.kernels.merging import experts_with_rows
 from gptoss_ft.kernels.reference import MXFP4Weight
 
@@ -70,7 +71,7 @@ def _merge(
         return merged
     # Of PEFT's layout, in which the expert is the fastest dimension, this is the transposition of a matrix.
     B_REO = B_EOR.permute(1, 2, 0).reshape(O, R * E).t().float().contiguous().mul(scaling)
-    experts_N = torch.tensor(adapted, dtype=torch.int32, device=A_ERI.device)
+    experts_N = on_device(adapted, A_ERI.device)
     programs = len(adapted) * -(-O // PACKED_ROWS) * G
     # Triton launches on the current device, which need not be that of a layer of a model spread over several.
     with torch.cuda.device_of(A_ERI):

@@ -1,8 +1,7 @@
 """Triton kernels over packed MXFP4 experts, in the byte layout of the checkpoint; `packed_experts` launches them.
 
 T rows · E experts · I input features · O output features · G blocks of 32 inputs (I = 32·G) · B bytes of a row (I/2)
-Constants of a tile end in an underscore: T_ by O_ by I_. Rows are sorted by expert, and `tiles_N3` says for every tile
-of rows where it starts, how many rows it has and which expert's they are (int32).
+Constants of a tile end in an underscore: T_ by O_ by I_. Rows are sorted by expert; `tiles_N3` is that of `row_tiles`.
 
 A program owns a tile of the output and sums over the whole reduction itself, in fp32: no atomic adds, so the same
 input gives the same bits. Offsets are 64-bit: 120b has 2^30.98 packed weights in one stack, and rows times features
@@ -11,6 +10,8 @@ pass 2^31 at 373 thousand rows.
 
 import triton
 import triton.language as tl
+
+from gptoss_ft.kernels.gpu.row_tiles import load_rows, store_rows, tile_of_rows
 
 
 @triton.jit
@@ -57,27 +58,6 @@ def _load_weight(blocks, scales, row_O, in_O, i0, I: tl.constexpr, O_: tl.conste
 
 
 @triton.jit
-def _load_rows(rows, row_T, in_T, f, F: tl.constexpr, DTYPE: tl.constexpr):
-    """Features `f` of the given rows of `[T, F]`; 0 outside `in_T` and F."""
-    tile = tl.load(rows + row_T[:, None] * F + f[None, :], mask=in_T[:, None] & (f < F)[None, :], other=0.0)
-    return tile.to(DTYPE)
-
-
-@triton.jit
-def _store_rows(out, value_TF, row_T, in_T, f, F: tl.constexpr):
-    mask = in_T[:, None] & (f < F)[None, :]
-    tl.store(out + row_T[:, None] * F + f[None, :], value_TF.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _tile_of_rows(tiles_N3, tile, T_: tl.constexpr):
-    """The rows of a tile, which of them exist, and their expert."""
-    t = tl.arange(0, T_)
-    row_T = tl.load(tiles_N3 + 3 * tile).to(tl.int64) + t
-    return row_T, t < tl.load(tiles_N3 + 3 * tile + 1), tl.load(tiles_N3 + 3 * tile + 2).to(tl.int64)
-
-
-@triton.jit
 def grouped_linear_kernel(
     x,
     blocks,
@@ -96,16 +76,16 @@ def grouped_linear_kernel(
     """y = x @ W[e].T + bias[e] for one tile of rows and O_ outputs."""
     # Programs that run together share their rows.
     tiles_of_O: tl.constexpr = tl.cdiv(O, O_)
-    row_T, in_T, expert = _tile_of_rows(tiles_N3, tl.program_id(0) // tiles_of_O, T_)
+    row_T, in_T, expert = tile_of_rows(tiles_N3, tl.program_id(0) // tiles_of_O, T_)
     o = tl.program_id(0) % tiles_of_O * O_ + tl.arange(0, O_)
     acc_TO = tl.zeros((T_, O_), tl.float32)
     for i0 in range(0, I, I_):
         w_OI = _exact_cast(_load_weight(blocks, scales, expert * O + o, o < O, i0, I, O_, I_), OPERAND)
-        x_TI = _load_rows(x, row_T, in_T, i0 + tl.arange(0, I_), I, OPERAND)
+        x_TI = load_rows(x, row_T, in_T, i0 + tl.arange(0, I_), I, OPERAND)
         acc_TO = tl.dot(x_TI, tl.trans(w_OI), acc_TO)
     if HAS_BIAS:
         acc_TO += tl.load(bias + expert * O + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-    _store_rows(y, acc_TO, row_T, in_T, o, O)
+    store_rows(y, acc_TO, row_T, in_T, o, O)
 
 
 @triton.jit
@@ -124,14 +104,14 @@ def grouped_linear_dx_kernel(
 ):
     """dx = dy @ W[e] for one tile of rows and I_ inputs."""
     tiles_of_I: tl.constexpr = tl.cdiv(I, I_)
-    row_T, in_T, expert = _tile_of_rows(tiles_N3, tl.program_id(0) // tiles_of_I, T_)
+    row_T, in_T, expert = tile_of_rows(tiles_N3, tl.program_id(0) // tiles_of_I, T_)
     i0 = tl.program_id(0) % tiles_of_I * I_
     acc_TI = tl.zeros((T_, I_), tl.float32)
     for o0 in range(0, O, O_):
         o = o0 + tl.arange(0, O_)
         w_OI = _exact_cast(_load_weight(blocks, scales, expert * O + o, o < O, i0, I, O_, I_), OPERAND)
-        acc_TI = tl.dot(_load_rows(dy, row_T, in_T, o, O, OPERAND), w_OI, acc_TI)
-    _store_rows(dx, acc_TI, row_T, in_T, i0 + tl.arange(0, I_), I)
+        acc_TI = tl.dot(load_rows(dy, row_T, in_T, o, O, OPERAND), w_OI, acc_TI)
+    store_rows(dx, acc_TI, row_T, in_T, i0 + tl.arange(0, I_), I)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -148,7 +128,7 @@ def dequantize_kernel(blocks, scales, out, num_blocks, N_: tl.constexpr):
 def add_bias_kernel(product, bias, y, tiles_N3, O: tl.constexpr, T_: tl.constexpr, O_: tl.constexpr):
     """y = product + bias[e] for one tile of rows and O_ outputs."""
     tiles_of_O: tl.constexpr = tl.cdiv(O, O_)
-    row_T, in_T, expert = _tile_of_rows(tiles_N3, tl.program_id(0) // tiles_of_O, T_)
+    row_T, in_T, expert = tile_of_rows(tiles_N3, tl.program_id(0) // tiles_of_O, T_)
     o = tl.program_id(0) % tiles_of_O * O_ + tl.arange(0, O_)
     bias_O = tl.load(bias + expert * O + o, mask=o < O, other=0.0).to(tl.float32)
-    _store_rows(y, _load_rows(product, row_T, in_T, o, O, tl.float32) + bias_O[None, :], row_T, in_T, o, O)
+    store_rows(y, load_rows(product, row_T, in_T, o, O, tl.float32) + bias_O[None, :], row_T, in_T, o, O)

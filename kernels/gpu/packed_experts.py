@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gptoss_ft.kernels.gpu import device
+from gptoss_ft.kernels.gpu.launch import ceil_div, launch, num_used, on_device, operand_dtype, tile_for, tile_table
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight, check_packed_rows
 
 FUSED_ROWS_VARIABLE = "GPTOSS_FT_FUSED_ROWS"
@@ -99,11 +100,11 @@ def grouped_linear(x_TI: Tensor, weight: MXFP4Weight, bias_EO: Tensor | None, en
     if not x_TI.shape[0]:
         return y_TO
     if not _decodes_chunks(x_TI, O, ends_E):
-        tile = _tile_for(FORWARD_TILES, ends_E)
-        tiles_N3 = _tile_table(ends_E, tile.T_, x_TI.device)
-        _launch(
+        tile = tile_for(FORWARD_TILES, ends_E)
+        tiles_N3 = tile_table(ends_E, tile.T_, x_TI.device)
+        launch(
             _kernels().grouped_linear_kernel,
-            len(tiles_N3) * _ceil_div(O, tile.O_),
+            len(tiles_N3) * ceil_div(O, tile.O_),
             x_TI,
             *weight,
             bias_EO,
@@ -112,7 +113,7 @@ def grouped_linear(x_TI: Tensor, weight: MXFP4Weight, bias_EO: Tensor | None, en
             O=O,
             I=I,
             HAS_BIAS=bias_EO is not None,
-            OPERAND=_operand_dtype(x_TI),
+            OPERAND=operand_dtype(x_TI),
             **tile._asdict(),
         )
         return y_TO
@@ -121,10 +122,10 @@ def grouped_linear(x_TI: Tensor, weight: MXFP4Weight, bias_EO: Tensor | None, en
         if bias_EO is None:
             y_TO[rows] = product_TO
         else:
-            tiles_N3 = _tile_table(ends, BIAS_TILE_T, x_TI.device)
-            programs = len(tiles_N3) * _ceil_div(O, BIAS_TILE_O)
+            tiles_N3 = tile_table(ends, BIAS_TILE_T, x_TI.device)
+            programs = len(tiles_N3) * ceil_div(O, BIAS_TILE_O)
             arguments = (product_TO, bias_EO[experts], y_TO[rows], tiles_N3)
-            _launch(_kernels().add_bias_kernel, programs, *arguments, O=O, T_=BIAS_TILE_T, O_=BIAS_TILE_O)
+            launch(_kernels().add_bias_kernel, programs, *arguments, O=O, T_=BIAS_TILE_T, O_=BIAS_TILE_O)
     return y_TO
 
 
@@ -136,18 +137,18 @@ def grouped_linear_dx(dy_TO: Tensor, weight: MXFP4Weight, ends_E: Sequence[int])
     if not dy_TO.shape[0]:
         return dx_TI
     if not _decodes_chunks(dy_TO, O, ends_E):
-        tile = _tile_for(BACKWARD_TILES, ends_E)
-        tiles_N3 = _tile_table(ends_E, tile.T_, dy_TO.device)
-        _launch(
+        tile = tile_for(BACKWARD_TILES, ends_E)
+        tiles_N3 = tile_table(ends_E, tile.T_, dy_TO.device)
+        launch(
             _kernels().grouped_linear_dx_kernel,
-            len(tiles_N3) * _ceil_div(I, tile.I_),
+            len(tiles_N3) * ceil_div(I, tile.I_),
             dy_TO,
             *weight,
             dx_TI,
             tiles_N3,
             O=O,
             I=I,
-            OPERAND=_operand_dtype(dy_TO),
+            OPERAND=operand_dtype(dy_TO),
             **tile._asdict(),
         )
         return dx_TI
@@ -171,21 +172,15 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
 def _dequantize_into(out: Tensor, blocks: Tensor, scales: Tensor) -> None:
     if num_blocks := scales.numel():
-        programs = _ceil_div(num_blocks, DECODE_TILE)
-        _launch(_kernels().dequantize_kernel, programs, blocks, scales, out, num_blocks, N_=DECODE_TILE)
-
-
-def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    # Triton launches on the current device, which need not be that of a layer of a model spread over several.
-    with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **constants)
+        programs = ceil_div(num_blocks, DECODE_TILE)
+        launch(_kernels().dequantize_kernel, programs, blocks, scales, out, num_blocks, N_=DECODE_TILE)
 
 
 def _decodes_chunks(rows: Tensor, O: int, ends_E: Sequence[int]) -> bool:
     """Whether to decode weights before multiplying `rows`."""
     # grouped_mm wants rows that start at multiples of 16 bytes, and pads its output to have them.
     aligned = rows.data_ptr() % 16 == 0 and O * rows.element_size() % 16 == 0
-    return aligned and rows.shape[0] >= fused_rows() * _num_used(ends_E)
+    return aligned and rows.shape[0] >= fused_rows() * num_used(ends_E)
 
 
 def _decoded_chunks(
@@ -210,35 +205,7 @@ def _decoded_chunks(
 
 
 def _grouped_mm(rows: Tensor, weights: Tensor, ends_E: Sequence[int]) -> Tensor:
-    return F.grouped_mm(rows, weights, offs=torch.tensor(ends_E, dtype=torch.int32, device=rows.device))
-
-
-def _tile_for(tiles: Sequence[Tile], ends_E: Sequence[int]) -> Tile:
-    rows_per_expert = _ceil_div(ends_E[-1], _num_used(ends_E))
-    return next((tile for tile in tiles if rows_per_expert <= tile.T_), tiles[-1])
-
-
-def _tile_table(ends_E: Sequence[int], T_: int, where: torch.device) -> Tensor:
-    """(first row, number of rows, expert) for tiles of up to `T_` rows, none of which spans two experts: `[N, 3]`."""
-    table, start = [], 0
-    for expert, end in enumerate(ends_E):
-        table += [(row, min(T_, end - row), expert) for row in range(start, end, T_)]
-        start = end
-    return torch.tensor(table, dtype=torch.int32, device=where)
-
-
-def _num_used(ends_E: Sequence[int]) -> int:
-    return len(set(ends_E) - {0})
-
-
-def _operand_dtype(rows: Tensor) -> Any:
-    """What is multiplied: bf16, but fp32 in Triton's interpreter, which multiplies the bits of bf16 as integers."""
-    tl = _kernels().tl
-    return tl.float32 if rows.device.type == "cpu" else tl.bfloat16
-
-
-def _ceil_div(count: int, size: int) -> int:
-    return -(-count // size)
+    return F.grouped_mm(rows, weights, offs=on_device(ends_E, rows.device))
 
 
 def _kernels() -> ModuleType:

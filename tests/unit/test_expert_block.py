@@ -204,6 +204,14 @@ def test_gradient_checkpointing_gives_the_same_bits(dtype):
     assert all(torch.equal(one, other) for one, other in zip(layer.run(layer.block), again, strict=True))
 
 
+@pytest.mark.parametrize("wrong", [-1, E])
+def test_a_choice_that_is_no_expert_is_an_error(wrong):
+    layer = Layer(dtype=torch.float32)
+    layer.experts_TK[3, 1] = wrong
+    with pytest.raises(ValueError, match="numbers from 0 to 4"):
+        layer.block(layer.leaves)
+
+
 def test_a_second_derivative_is_refused():
     layer = Layer(dtype=torch.float64)
     leaves = [leaf.requires_grad_() for leaf in layer.leaves]

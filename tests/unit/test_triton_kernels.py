@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from gptoss_ft.kernels import dispatch, flex_attention
+from gptoss_ft.kernels.cases import Draw
 from gptoss_ft.kernels.gpu import device as gpu_device
+from gptoss_ft.kernels.gpu import launch, low_rank, packed_experts
 from gptoss_ft.kernels.gpu import merging as gpu_merging
-from gptoss_ft.kernels.gpu import packed_experts
+from gptoss_ft.kernels.gpu import rows as gpu_rows
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: it has no wheel for this platform", allow_module_level=True)
@@ -24,13 +26,24 @@ from gptoss_ft.kernels.gpu import ahead_of_time
 CUDA = torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("name", ["triton_interpreted", "triton_interpreted_merging", "triton_interpreted_step"])
+INTERPRETED = (
+    "triton_interpreted",
+    "triton_interpreted_low_rank",
+    "triton_interpreted_merging",
+    "triton_interpreted_rows",
+    "triton_interpreted_step",
+)
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
 def test_results_in_the_interpreter(name):
     # Triton reads the variable when it is imported, and other tests need it uninterpreted. The interpreter computes in
     # numpy, which warns of the infinities and NaNs that extreme scales are tested for.
     tests = Path(__file__).with_name(f"{name}.py")
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-W", "ignore::RuntimeWarning", str(tests)]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    # One of them imports from another.
+    variables = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tests.parent)}
+    run = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -47,7 +60,7 @@ def test_machine_code_of_every_tile_spills_nothing_and_multiplies_on_tensor_core
         assert build.fuses or not code.fuses, f"{build.name} would have other bits than its definition"
         # 99 KiB is what RTX 30 and 40 and the L4 let a program have.
         assert code.shared_bytes <= 99 * 1024
-        assert bool(code.tensor_cores) == ("linear" in build.name), f"{build.name}: {code}"
+        assert bool(code.tensor_cores) == build.on_tensor_cores, f"{build.name}: {code}"
 
 
 def test_products_and_sums_are_fused_unless_they_must_not_be():
@@ -91,8 +104,10 @@ def test_ampere_with_triton_is_accepted():
         packed_experts.dequantize_unavailable,
         flex_attention.unavailable,
         gpu_merging.unavailable,
+        low_rank.unavailable,
+        gpu_rows.unavailable,
     ],
-    ids=["products", "decode", "attention", "merges"],
+    ids=["products", "decode", "attention", "merges", "lora", "rows"],
 )
 def test_other_machines_are_refused_in_words(unavailable, nvidia):
     def reason(device: torch.device = CUDA) -> str:
@@ -142,7 +157,7 @@ def test_self_checks_lead_through_every_tile_and_both_ways_whatever_is_set(
     def on_the_cpu(rows, weight, *rest):
         ends, out = rest[-1], operation.reference(rows, weight, *rest)
         fused = not packed_experts._decodes_chunks(rows, out.shape[1], ends)
-        seen.append(packed_experts._tile_for(tiles, ends) if fused else None)
+        seen.append(launch.tile_for(tiles, ends) if fused else None)
         return out * (1.03 if wrong == ("fused" if fused else "decoded") else 1)
 
     monkeypatch.setenv(packed_experts.FUSED_ROWS_VARIABLE, set_to)
@@ -150,6 +165,33 @@ def test_self_checks_lead_through_every_tile_and_both_ways_whatever_is_set(
     verdict = operation._check(replace(triton, function=on_the_cpu), torch.device("cpu"), torch.bfloat16)
     assert set(seen) == {*tiles, None}
     assert verdict.passed == (wrong is None) and packed_experts.fused_rows() == int(set_to)
+
+
+def test_self_checks_of_lora_lead_through_every_tile_and_sums_in_parts(monkeypatch):
+    seen = []
+    monkeypatch.setattr(low_rank, "launch", lambda kernel, programs, *_, **constants: seen.append(constants))
+    num_parts = low_rank._num_parts
+    monkeypatch.setattr(low_rank, "_num_parts", lambda *numbers: seen.append(num_parts(*numbers)) or seen[-1])
+    for dtype, down, up, gradient in (
+        (torch.bfloat16, low_rank.DOWN_TILES, low_rank.UP_TILES, low_rank.GRADIENT_TILE),
+        (torch.float32, *((low_rank.FP32_TILE,),) * 2, low_rank.FP32_TILE),
+    ):
+        for operation, tiles in (
+            (dispatch.low_rank_down, down),
+            (dispatch.low_rank_up_, up),
+            (dispatch.low_rank_gradient_, (gradient,)),
+        ):
+            seen.clear()
+            (triton,) = (made for made in operation.implementations if made.name == "triton")
+            for size in triton.check_sizes:
+                triton.function(*operation.case.call(Draw(torch.device("cpu"), dtype), size).args)
+            constants = [each for each in seen if isinstance(each, dict)]
+            assert {(each["T_"], each["I_"]) for each in constants} == {tile[:2] for tile in tiles}
+            assert {each["R_"] for each in constants} == ({16, 64} if dtype == torch.bfloat16 else {16})
+            assert operation is dispatch.low_rank_up_ or {each > 1 for each in seen if isinstance(each, int)} == {
+                False,
+                True,
+            }
 
 
 def test_rows_per_expert_decide_between_the_two_ways(monkeypatch):
@@ -162,6 +204,17 @@ def test_rows_per_expert_decide_between_the_two_ways(monkeypatch):
     monkeypatch.setenv(packed_experts.FUSED_ROWS_VARIABLE, "many")
     with pytest.raises(ValueError, match="GPTOSS_FT_FUSED_ROWS=many: give a number"):
         packed_experts.fused_rows()
+
+
+def test_tables_name_every_row_of_the_adapted_experts_once_and_are_kept():
+    ends, cpu = [3, 3, 8], torch.device("cpu")
+    assert launch.tile_table(ends, 2, cpu).tolist() == [[0, 2, 0], [2, 1, 0], [3, 2, 2], [5, 2, 2], [7, 1, 2]]
+    assert launch.tile_table(ends, 2, cpu, {1, 2}).tolist() == [[3, 2, 2], [5, 2, 2], [7, 1, 2]]
+    assert launch.tile_table(ends, 2, cpu, {1}).shape == (0, 3)
+    assert launch.range_table(ends, cpu).tolist() == [[0, 3], [3, 3], [3, 8]]
+    assert launch.range_table(ends, cpu, {2}).tolist() == [[0, 0], [3, 3], [3, 8]]
+    assert launch.on_device(ends, cpu).tolist() == ends
+    assert launch.tile_table(tuple(ends), 2, cpu, frozenset({2, 1})) is launch.tile_table(ends, 2, cpu, [1, 2])
 
 
 def test_a_chunk_of_decoded_weights_stays_within_its_bytes_and_no_row_is_left_out(monkeypatch):
