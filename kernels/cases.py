@@ -195,6 +195,24 @@ def attention_inputs_work(size: Size, dtype: torch.dtype) -> Work:
     return Work(1e-9 * (H + 2 * K) * D * size.inputs * dtype.itemsize, "GB/s")
 
 
+def _layer_output(draw: Draw, size: Size) -> Call:
+    T, W, H, I, E = 3, 75, size.inputs, size.outputs, 6
+    # Logits so far apart that no rounding changes which experts are chosen.
+    router = (
+        draw.normal(E, H) * 2**-9,
+        (draw.normal(E) * 2**-9 + torch.arange(E, device=draw.device) / 2).to(draw.dtype),
+    )
+    experts = draw.packed(E, 2 * I, H), draw.normal(E, 2 * I), draw.packed(E, H, I), draw.normal(E, H)
+    projection = draw.normal(H, W), draw.normal(H)
+    constants = {"epsilon": 1e-5, "top_k": 4, "alpha": 1.702, "limit": 7.0}
+    return Call((draw.normal(T, W), draw.normal(T, H), *projection, draw.normal(H), *router, *experts), constants)
+
+
+def layer_output_work(size: Size, dtype: torch.dtype) -> Work:
+    # Bytes of the four experts; the projection is small.
+    return Work(1e-9 * 4 * 3 * size.inputs * size.outputs * (0.5 + 1 / BLOCK_SIZE), "GB/s")
+
+
 def _low_rank_down(draw: Draw, size: Size) -> Call:
     T, E, I = sum(size.rows_E), len(size.rows_E), size.inputs
     return Call((draw.normal(T, I), draw.normal(E, size.rank, I), size.ends_E))
@@ -291,6 +309,7 @@ COMBINE = Case(_combine, rows_work(2.5))
 EXPERT_MIXTURE = Case(_expert_mixture, mixture_work)
 RMS_NORM = Case(_rms_norm, rms_norm_work)
 ATTENTION_INPUTS = Case(_attention_inputs, attention_inputs_work)
+LAYER_OUTPUT = Case(_layer_output, layer_output_work)
 LOW_RANK_DOWN = Case(_low_rank_down, low_rank_work)
 LOW_RANK_UP_ = Case(_low_rank_up_, low_rank_work)
 LOW_RANK_GRADIENT_ = Case(_low_rank_gradient_, low_rank_work)

@@ -65,15 +65,7 @@ def expert_mixture(
     I = G * BLOCK_SIZE
     _check_shape("weights", weights_TK, T, K)
     _check_shape("experts", experts_TK, T, K)
-    for name, weight, bias_EO, shape in (
-        ("gate_up", gate_up, gate_up_bias_EO, (E, 2 * I, H // BLOCK_SIZE)),
-        ("down", down, down_bias_EH, (E, H, G)),
-    ):
-        _check_shape(f"blocks of {name}", weight.blocks_EOGB, *shape, BLOCK_SIZE // 2)
-        _check_shape(f"scales of {name}", weight.scales_EOG, *shape)
-        _check_shape(f"bias of {name}", bias_EO, *shape[:2])
-    if H % BLOCK_SIZE:
-        raise ValueError(f"{H} features are no multiple of {BLOCK_SIZE}")
+    check_experts(H, I, E, gate_up, gate_up_bias_EO, down, down_bias_EH)
     chosen_N = [expert for row in experts_TK.tolist() for expert in row]
     if not 0 <= min(chosen_N) <= max(chosen_N) < E:
         raise ValueError(f"experts must be from 0 to {E - 1}, not {min(chosen_N)} to {max(chosen_N)}")
@@ -103,6 +95,22 @@ def expert_mixture(
     )
     check(status)
     return out_TH
+
+
+def check_experts(
+    H: int, I: int, E: int, gate_up: MXFP4Weight, gate_up_bias_EO: Tensor, down: MXFP4Weight, down_bias_EH: Tensor
+) -> None:
+    """Raise ValueError if weights and biases do not fit together."""
+    G = I // BLOCK_SIZE
+    for name, weight, bias_EO, shape in (
+        ("gate_up", gate_up, gate_up_bias_EO, (E, 2 * I, H // BLOCK_SIZE)),
+        ("down", down, down_bias_EH, (E, H, G)),
+    ):
+        _check_shape(f"blocks of {name}", weight.blocks_EOGB, *shape, BLOCK_SIZE // 2)
+        _check_shape(f"scales of {name}", weight.scales_EOG, *shape)
+        _check_shape(f"bias of {name}", bias_EO, *shape[:2])
+    if H % BLOCK_SIZE:
+        raise ValueError(f"{H} features are no multiple of {BLOCK_SIZE}")
 
 
 def _check_shape(name: str, tensor: Tensor, *shape: int) -> None:

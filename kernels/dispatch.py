@@ -19,6 +19,7 @@ from gptoss_ft.kernels import (
     cpu_experts,
     cpu_few_rows,
     cpu_gemm,
+    cpu_layer_output,
     cpu_library,
     cpu_loss,
     cpu_merging,
@@ -203,6 +204,9 @@ attention_inputs = Operation(
     _library(cpu_few_rows.attention_inputs, cpu_few_rows.refusal, (cases.ODD,)),
     cases.ATTENTION_INPUTS,
 )
+layer_output = Operation(
+    reference.layer_output, _library(cpu_layer_output.layer_output, cpu_layer_output.refusal), cases.LAYER_OUTPUT
+)
 low_rank_down = Operation(
     reference.low_rank_down,
     (
@@ -301,6 +305,7 @@ OPERATIONS: tuple[Operation, ...] = (
     expert_mixture,
     rms_norm,
     attention_inputs,
+    layer_output,
     low_rank_down,
     low_rank_up_,
     low_rank_gradient_,

@@ -251,6 +251,32 @@ def attention_inputs(
     return torch.cat((*parts, linear(x_TI, value_OI, value_bias_O)), dim=-1)
 
 
+def layer_output(
+    heads_TW: Tensor,
+    residual_TH: Tensor,
+    projection_HW: Tensor,
+    projection_bias_H: Tensor,
+    norm_H: Tensor,
+    router_EH: Tensor,
+    router_bias_E: Tensor,
+    gate_up: MXFP4Weight,
+    gate_up_bias_EO: Tensor,
+    down: MXFP4Weight,
+    down_bias_EH: Tensor,
+    *,
+    epsilon: float,
+    top_k: int,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """What follows attention in a layer, residual connections included: `[T, H]`."""
+    hidden_TH = residual_TH + linear(heads_TW, projection_HW, projection_bias_H)
+    x_TH = rms_norm(hidden_TH, norm_H, epsilon)
+    chosen_TK, experts_TK = linear(x_TH, router_EH, router_bias_E).topk(top_k, dim=-1)
+    experts = (gate_up, gate_up_bias_EO, down, down_bias_EH)
+    return hidden_TH + expert_mixture(x_TH, experts_TK, chosen_TK.softmax(-1), *experts, alpha=alpha, limit=limit)
+
+
 def accurate(dtype: torch.dtype) -> torch.dtype:
     """The dtype for sums and for what is small: fp32, or fp64 beside fp64."""
     return torch.promote_types(dtype, torch.float32)

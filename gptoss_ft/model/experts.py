@@ -37,6 +37,11 @@ class PackedExperts(nn.Module):
     def forward(self, hidden_TH: Tensor, experts_TK: Tensor, routing_weights_TK: Tensor) -> Tensor:
         return experts_forward(self, hidden_TH, experts_TK, routing_weights_TK)
 
+    def packed(self, name: str) -> tuple[MXFP4Weight, Tensor]:
+        """The weight and bias of a projection."""
+        weight = MXFP4Weight(getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales"))
+        return weight, getattr(self, f"{name}_bias")
+
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts, {self.hidden_size} -> {self.intermediate_size}, MXFP4"
 

@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRMSNorm, GptOssTopKRouter
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssAttention,
+    GptOssDecoderLayer,
+    GptOssMLP,
+    GptOssRMSNorm,
+    GptOssTopKRouter,
+)
 
 from gptoss_ft.kernels.cpu_norm import MAX_ROWS
-from gptoss_ft.kernels.dispatch import attention_inputs, linear, rms_norm
+from gptoss_ft.kernels.dispatch import attention_inputs, layer_output, linear, rms_norm
 from gptoss_ft.model.attention import ATTENTION, attention_forward
+from gptoss_ft.model.experts import PROJECTIONS, PackedExperts
 from gptoss_ft.model.linear import FrozenLinear
 
 
@@ -55,8 +62,27 @@ class FewRowsAttention(GptOssAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """`[B, T, H] -> [B, T, H]`, and no attention weights."""
-        if not self._takes(hidden_states):
+        if not self.takes(hidden_states):
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        heads_BTW = self.heads(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        return self.o_proj(heads_BTW), None
+
+    def takes(self, hidden_states: Tensor) -> bool:
+        """Whether `heads` computes the same as transformers with every module and hook that there is."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if self.config._attn_implementation != ATTENTION or not all(_is_plain(p, FrozenLinear) for p in projections):
+            return False
+        return _has_few_rows(hidden_states, *projections)
+
+    def heads(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The outputs of all heads side by side, before `o_proj` adds them up: `[B, T, H] -> [B, T, W]`."""
         B, T, _ = hidden_states.shape
         q, k, v = self.q_proj, self.k_proj, self.v_proj
         cos_TC, sin_TC = (half.expand(B, T, -1).flatten(0, 1) for half in position_embeddings)
@@ -68,7 +94,7 @@ class FewRowsAttention(GptOssAttention):
         query, key, value = states_BHTD.split((states_BHTD.shape[1] - 2 * K, K, K), dim=1)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        out_BTHD, weights = attention_forward(
+        out_BTHD, _ = attention_forward(
             self,
             query,
             key,
@@ -80,18 +106,86 @@ class FewRowsAttention(GptOssAttention):
             s_aux=self.sinks,
             **kwargs,
         )
-        return self.o_proj(out_BTHD.flatten(2)), weights
+        return out_BTHD.flatten(2)
+
+
+class FewRowsDecoderLayer(GptOssDecoderLayer):
+    """`GptOssDecoderLayer` that computes all that follows the attention heads in one kernel.
+
+    A layer that has an adapter, a hook inside, or experts that are not packed is composed as transformers does.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`[B, T, H] -> [B, T, H]`"""
+        if position_embeddings is None or not self._takes(hidden_states):
+            return super().forward(
+                hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
+            )
+        attention, norm, router = self.self_attn, self.post_attention_layernorm, self.mlp.router
+        heads_BTW = attention.heads(
+            self.input_layernorm(hidden_states),
+            position_embeddings,
+            attention_mask,
+            past_key_values,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        o_proj, experts = attention.o_proj, self.mlp.experts
+        (gate_up, gate_up_bias_EO), (down, down_bias_EH) = map(experts.packed, PROJECTIONS)
+        return layer_output(
+            heads_BTW.flatten(0, 1),
+            hidden_states.flatten(0, 1),
+            o_proj.weight,
+            o_proj.bias,
+            norm.weight,
+            router.weight,
+            router.bias,
+            gate_up,
+            gate_up_bias_EO,
+            down,
+            down_bias_EH,
+            epsilon=norm.variance_epsilon,
+            top_k=router.top_k,
+            alpha=experts.alpha,
+            limit=experts.limit,
+        ).view_as(hidden_states)
 
     def _takes(self, hidden_states: Tensor) -> bool:
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        if self.config._attn_implementation != ATTENTION or not all(map(_is_plain, projections)):
+        attention, mlp = self.self_attn, self.mlp
+        if not _is_plain(attention, FewRowsAttention) or not _is_plain(mlp, GptOssMLP):
             return False
-        return _has_few_rows(hidden_states, *projections)
+        parts = (
+            (self.post_attention_layernorm, FewRowsRMSNorm),
+            (attention.o_proj, FrozenLinear),
+            (mlp.router, FewRowsRouter),
+            (mlp.experts, PackedExperts),
+        )
+        if not all(_is_plain(part, kind) for part, kind in parts):
+            return False
+        return attention.takes(hidden_states) and _has_few_rows(hidden_states, *(part for part, _ in parts))
+
+
+# Libraries that spread a model over devices find its layers by this name.
+FewRowsDecoderLayer.__name__ = GptOssDecoderLayer.__name__
 
 
 def use_few_rows_layers(model: nn.Module) -> None:
     """Replace every layer of transformers' in `model` that has one here; parameters keep their names and memory."""
-    kinds = {GptOssRMSNorm: FewRowsRMSNorm, GptOssTopKRouter: FewRowsRouter, GptOssAttention: FewRowsAttention}
+    kinds = {
+        GptOssRMSNorm: FewRowsRMSNorm,
+        GptOssTopKRouter: FewRowsRouter,
+        GptOssAttention: FewRowsAttention,
+        GptOssDecoderLayer: FewRowsDecoderLayer,
+    }
     for name, module in list(model.named_modules()):
         if kind := kinds.get(type(module)):
             model.set_submodule(name, _as(kind, module))
@@ -105,9 +199,9 @@ def _has_few_rows(x: Tensor, *modules: nn.Module) -> bool:
     return not x.requires_grad and not any(t.requires_grad for module in modules for t in module.parameters())
 
 
-def _is_plain(projection: nn.Module) -> bool:
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether nothing would be left out if its forward were not called."""
-    return type(projection) is FrozenLinear and not projection._forward_hooks and not projection._forward_pre_hooks
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _as(kind: type[nn.Module], module: nn.Module) -> nn.Module:

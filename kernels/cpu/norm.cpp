@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "kernels.h"
+#include "norm_rows.h"
 
 namespace gptoss_ft {
 namespace {
@@ -20,16 +21,22 @@ void all_rows(int isa, const void* x, const void* weight, int64_t rows, int64_t 
 }
 
 }  // namespace
+
+void rms_norm(int isa, DType dtype, const void* x, DType weight_dtype, const void* weight, int64_t rows,
+              int64_t columns, float epsilon, void* out) {
+    const bool x16 = dtype == kBFloat16, w16 = weight_dtype == kBFloat16;
+    const auto of = x16 ? w16 ? &all_rows<uint16_t, uint16_t> : &all_rows<uint16_t, float>
+                        : w16 ? &all_rows<float, uint16_t> : &all_rows<float, float>;
+    of(isa, x, weight, rows, columns, epsilon, out);
+}
+
 }  // namespace gptoss_ft
 
-// `x` and `out` [rows, columns] of type `dtype`, `weight` [columns] of its own.
 extern "C" __attribute__((visibility("default"))) int gptoss_ft_rms_norm(int isa, int, int dtype, const void* x,
                                                                          int weight_dtype, const void* weight,
                                                                          int64_t rows, int64_t columns, float epsilon,
                                                                          void* out) {
     using namespace gptoss_ft;
-    const auto of = dtype == kBFloat16 ? weight_dtype == kBFloat16 ? &all_rows<uint16_t, uint16_t> : &all_rows<uint16_t, float>
-                                       : weight_dtype == kBFloat16 ? &all_rows<float, uint16_t> : &all_rows<float, float>;
-    of(isa, x, weight, rows, columns, epsilon, out);
+    rms_norm(isa, DType(dtype), x, DType(weight_dtype), weight, rows, columns, epsilon, out);
     return 0;
 }
