@@ -10,6 +10,7 @@ or their spectrum falls as 1/i; the update's A is random ("unaligned") or made o
 
     ours       rounded for `--inputs` inputs
     nearest    each number by itself, scales by the "even" rule
+    dithered   each number by a threshold of its own
     ceil6      each number by itself, base + update in bf16, scales 2^ceil(log2(amax / 6)): what other tools write
 
 Time: the experts of a layer of gpt-oss-20b, both projections. Each of 32 experts has an eighth of the tokens as inputs;
@@ -30,6 +31,7 @@ from gptoss_ft.export.merged import PackedUpdate, row_workers
 from gptoss_ft.export.paired import round_paired
 from gptoss_ft.kernels.codec import quantize_mxfp4
 from gptoss_ft.kernels.dispatch import dequantize_mxfp4
+from gptoss_ft.kernels.merging import round_dithered
 from gptoss_ft.model.spec import SPECS
 from gptoss_ft.mxfp4.calibrated import CalibratedRounding
 
@@ -65,13 +67,14 @@ def errors(weights: str, inputs: str, num_inputs: int, seeds: range) -> dict[str
     """E of each way for each size of the update, by a name that says so."""
     result: dict[str, float] = {}
     for label, size in SIZES.items():
-        means = dict.fromkeys(("ours", "nearest", "ceil6"), 0.0)
+        means = dict.fromkeys(("ours", "nearest", "dithered", "ceil6"), 0.0)
         for seed in seeds:
             base, update, packed, seen, unseen = problem(weights, inputs, size, num_inputs, seed)
             target = base + update
             ways: dict[str, Callable[[], Packed]] = {
                 "ours": lambda: CalibratedRounding(seen, (target, *packed)).round(target, *packed),  # noqa: B023
                 "nearest": lambda: quantize_mxfp4(target),  # noqa: B023
+                "dithered": lambda: round_dithered(target, *packed),  # noqa: B023
                 "ceil6": lambda: ceil6(target.bfloat16().float()),  # noqa: B023
             }
             for way, to_grid in ways.items():

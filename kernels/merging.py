@@ -20,6 +20,9 @@ from gptoss_ft.kernels.reference import BLOCK_SIZE, SCALE_NAN, MXFP4Weight, dequ
 TILE_ROWS = 256
 GOLDEN_RATIO, UINT32 = 0x9E3779B9, 0xFFFFFFFF
 
+# What `merge_mxfp4_dithered` writes, for those who keep it: raise the number when a bit of any result changes.
+DITHER_RULE = "dithered 1"
+
 
 # Rounds fp32 numbers [O, I] near a base: its blocks and scales, and the results.
 Round = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

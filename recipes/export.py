@@ -32,6 +32,7 @@ from gptoss_ft.export.verdict import CURES, fidelity_fault
 from gptoss_ft.export.verify import open_export
 from gptoss_ft.export.vllm_adapter import export_adapter_vllm, max_lora_rank
 from gptoss_ft.files import refuse_existing, refuse_other_writers, write_whole
+from gptoss_ft.kernels.merging import DITHER_RULE
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.load import load_base
 from gptoss_ft.model.manifest import add_to_manifest
@@ -60,6 +61,7 @@ def main(cfg: ExportCommand) -> Path:
         cfg.format.value,
         Path(cfg.out),
         base=Path(cfg.base) if cfg.base else None,
+        dithered=cfg.rounding is Rounding.dithered,
         calibrated=_calibrated(cfg) if cfg.rounding is Rounding.calibrated else None,
         fidelity_tokens=cfg.fidelity_tokens,
         min_fidelity=cfg.min_fidelity,
@@ -93,6 +95,7 @@ def export_run(
     out: Path,
     *,
     base: Path | None = None,
+    dithered: bool = False,
     calibrated: Calibrated | None = None,
     fidelity_tokens: int = 0,
     min_fidelity: float = MIN_FIDELITY,
@@ -104,8 +107,9 @@ def export_run(
     Args:
         format: a name of `ExportFormat`.
         base: the base checkpoint, if it is no longer where the run's config says.
-        calibrated: None rounds to nearest, or as a merge-aware run did in training. What an interrupted export rounded
-            for its inputs is kept beside `out`, and the same export goes on there.
+        dithered: round MXFP4 experts by a threshold of each element, as merge-aware runs do in any case.
+        calibrated: round them for their inputs; by neither they are rounded to nearest. What an interrupted export
+            rounded for its inputs is kept beside `out`, and the same export goes on there.
         fidelity_tokens: measure what a merged model keeps of the training on at most so many tokens of held-out rows;
             0 does not.
         min_fidelity: refuse one that keeps less, see `distance.fidelity`; 0 takes any.
@@ -136,6 +140,8 @@ def export_run(
         if format == "adapter_vllm":
             print(f"serve it with vllm serve BASE --enable-lora --max-lora-rank {max_lora_rank(out)}")
         return out
+    if dithered:
+        check_packed(checkpoint, Rounding.dithered)
     calibrate = None if calibrated is None else calibration(run, checkpoint, deltas, calibrated, out, format)
     excerpts = fidelity_excerpts(cfg, data, fidelity_tokens) if fidelity_tokens else []
 
@@ -177,6 +183,7 @@ def export_run(
         out,
         format=cast(MergeFormat, format),
         calibrate=calibrate,
+        dithered=dithered,
         merged_training=cfg.adapter.qat,
         check=check,
     )
@@ -188,9 +195,12 @@ def base_of(run: RunFolder, cfg: TrainConfig, base: Path | None) -> Checkpoint:
     """The checkpoint at `base`, or where the run's config says, if it has the experts that the run needs.
 
     Raises:
-        UserError: if it is no whole checkpoint, or holds bf16 experts where training rounded packed ones.
+        UserError: if it is no whole checkpoint, or holds bf16 experts where training rounded packed ones, or did so by
+            another rule than this version's.
     """
     checkpoint = Checkpoint.open(base or cfg.model.path)
+    if cfg.adapter.qat:
+        check_trained_rounding(run)
     if cfg.adapter.qat and checkpoint.layout == "bf16":
         raise UserError(
             f"{checkpoint.path} holds bf16 experts, and {run.path} was trained through the rounding of its packed base "
@@ -213,6 +223,39 @@ def check_merged_export(run: RunFolder, format: str, *, calibrated: bool) -> Non
         )
     if calibrated:
         raise UserError(f"{trained}: rounding=calibrated would write another model. Leave rounding out")
+
+
+def check_trained_rounding(run: RunFolder) -> None:
+    """Compare the rule that a merge-aware run rounded by with this version's; says so if the run does not tell.
+
+    Raises:
+        UserError: if it is another one.
+    """
+    trained = run.trained_rounding()
+    if trained is None:
+        print(
+            f"{run.path} has no {run.rounding.name}: it began before runs recorded the rule of rounding that they "
+            f"train through. If that was another than this version's ({DITHER_RULE}), what is exported is not what was "
+            "trained, and its held-out loss is not the one that training reported"
+        )
+    elif trained != DITHER_RULE:
+        raise UserError(
+            f"{run.path} was trained through the rounding {trained!r}, and this version of gptoss-ft rounds by "
+            f"{DITHER_RULE!r}, which makes another model of it: use the version that {run.versions} names"
+        )
+
+
+def check_packed(base: Checkpoint, rounding: Rounding) -> None:
+    """Refuse a base whose experts such rounding cannot start from.
+
+    Raises:
+        UserError: if they are bf16.
+    """
+    if base.layout == "bf16":
+        raise UserError(
+            f"{base.path} holds bf16 experts, and rounding={rounding} starts from the MXFP4 numbers of a base: "
+            "name its MXFP4 checkpoint with base=FOLDER, or export with rounding=nearest"
+        )
 
 
 def fidelity_excerpts(cfg: TrainConfig, data: Path | None, num_tokens: int) -> list[Excerpt]:
@@ -242,11 +285,7 @@ def calibration(
     Raises:
         UserError: if there is nothing to calibrate or nothing to do it on, or `out` exists or is being written.
     """
-    if base.layout == "bf16":
-        raise UserError(
-            f"{base.path} holds bf16 experts, and rounding=calibrated starts from the MXFP4 numbers of a base: "
-            "name its MXFP4 checkpoint with base=FOLDER, or export with rounding=nearest"
-        )
+    check_packed(base, Rounding.calibrated)
     spec = base.spec
     for name, numbers, total in (
         ("layers", chosen.layers, spec.num_hidden_layers),

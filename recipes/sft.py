@@ -33,10 +33,11 @@ from gptoss_ft.data.training_rows import PackedSamples, PackedTrees, SampleRows,
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.fingerprint import write_fingerprint
 from gptoss_ft.files import check_writable_parent
+from gptoss_ft.kernels.merging import DITHER_RULE
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
-from gptoss_ft.recipes.export import Calibrated, export_run
+from gptoss_ft.recipes.export import Calibrated, check_trained_rounding, export_run
 from gptoss_ft.recipes.machine import check_variables
 from gptoss_ft.recipes.samples import split_samples
 from gptoss_ft.recipes.verify import verify_run
@@ -122,6 +123,8 @@ def open_run_folder(run: RunFolder, cfg: TrainConfig) -> Path | None:
     if cfg.run.resume:
         checkpoint = run.last_checkpoint()
         run.check_resumed_config(to_yaml(cfg))
+        if cfg.adapter.qat:
+            check_trained_rounding(run)
         return checkpoint
     if PartialState().is_main_process:
         check_writable_parent(run.path)
@@ -134,6 +137,8 @@ def begin_record(run: RunFolder, cfg: TrainConfig, resume_from: Path | None) -> 
     # The record is of the whole run: repeating it starts at the beginning.
     run.write_origin(to_yaml(replace(cfg, run=replace(cfg.run, resume=False))))
     write_fingerprint(run.path, Checkpoint.open(cfg.model.path))
+    if cfg.adapter.qat and resume_from is None:
+        run.write_rounding(DITHER_RULE)
     if resume_from is not None:
         run.forget_metrics_after(checkpoint_steps(resume_from)[0])
 
@@ -297,12 +302,13 @@ def export_all(run: RunFolder, cfg: TrainConfig) -> None:
         UserError: if an export is further from the trained model than its stated bounds.
     """
     for format in cfg.export.formats:
-        calibrated = cfg.export.rounding is Rounding.calibrated and format in ROUNDED_FORMATS
+        rounding = cfg.export.rounding if format in ROUNDED_FORMATS else Rounding.nearest
         out = export_run(
             run.path,
             format.value,
             run.exports / format.value,
-            calibrated=Calibrated(cfg.export.calibration_tokens) if calibrated else None,
+            dithered=rounding is Rounding.dithered,
+            calibrated=Calibrated(cfg.export.calibration_tokens) if rounding is Rounding.calibrated else None,
             fidelity_tokens=cfg.export.fidelity_tokens,
             min_fidelity=cfg.export.min_fidelity,
         )

@@ -74,12 +74,13 @@ ExportFormat = StrEnum(
         "gguf_q8_0",
     ],
 )
-Rounding = StrEnum("Rounding", ["nearest", "calibrated"])
+Rounding = StrEnum("Rounding", ["nearest", "dithered", "calibrated"])
 # Those that hold MXFP4 experts, whose updates are rounded to 4 bits.
 ROUNDED_FORMATS = (ExportFormat.mxfp4, ExportFormat.original, ExportFormat.gguf, ExportFormat.gguf_q8_0)
 ROUNDING_MEANING = (
-    "how MXFP4 formats round updates of experts: to nearest, or by their inputs on the run's rows; a run with "
-    "adapter.qat=true keeps its own rounding"
+    "how MXFP4 formats round updates of experts: each number to nearest; dithered, each by a threshold of its own, "
+    "which keeps small updates in the mean and adds noise; or calibrated, together for their inputs on the run's rows. "
+    "A run with adapter.qat=true is dithered, as it was in training"
 )
 TOKENS_MEANING = "tokens of the run's training rows that rounding=calibrated looks at"
 # Half way between the base and the trained model.
@@ -115,11 +116,11 @@ def require_seed(seed: int) -> None:
 
 
 def check_rounding(rounding: Rounding, num_tokens: int, formats: list[ExportFormat], prefix: str = "") -> None:
-    """Raise `ConfigError` for a calibration on nothing, or of nothing."""
+    """Raise `ConfigError` for a calibration on nothing, or a way to round nothing."""
     require(num_tokens >= 1, f"{prefix}calibration_tokens", "1 or more", num_tokens)
-    if rounding is Rounding.calibrated and not set(formats) & set(ROUNDED_FORMATS):
+    if rounding is not Rounding.nearest and not set(formats) & set(ROUNDED_FORMATS):
         raise ConfigError(
-            f"{prefix}rounding=calibrated is for formats that round experts ({', '.join(ROUNDED_FORMATS)}), "
+            f"{prefix}rounding={rounding} is for formats that round experts ({', '.join(ROUNDED_FORMATS)}), "
             f"not {', '.join(formats) or 'for none'}"
         )
 
@@ -359,7 +360,7 @@ class TrainConfig:
                 f"export.formats must not name {', '.join(unmerged)} with adapter.qat=true: the trained model is the "
                 "merged one; name merged formats, such as mxfp4"
             )
-        if self.export.rounding is not Rounding.nearest:
+        if self.export.rounding is Rounding.calibrated:
             raise ConfigError(
                 "export.rounding=calibrated is another rounding than the one that adapter.qat=true trains through: "
                 "leave it at its default"

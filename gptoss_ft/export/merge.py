@@ -15,7 +15,9 @@ from gptoss_ft.export.gguf_layout import MODEL_FILE, GgufFormat, check_represent
 from gptoss_ft.export.gguf_model import write_model
 from gptoss_ft.export.merged import Calibrate, MergedWeights, row_workers, tensor_digest
 from gptoss_ft.files import whole_folder
+from gptoss_ft.kernels.merging import DITHER_RULE
 from gptoss_ft.model.checkpoint import Checkpoint
+from gptoss_ft.model.experts import PROJECTIONS
 from gptoss_ft.model.manifest import Manifest
 from gptoss_ft.model.shards import write_shards
 from gptoss_ft.model.spec import QUANTIZATION_CONFIG, SPECS, GptOssSpec, Layout, config_as_text
@@ -39,11 +41,12 @@ class MergeReport:
             also every expert stack that had to be rounded from bf16 to MXFP4.
         num_copied: tensors whose bytes are the base's.
         num_calibrated, num_nearest: experts of packed stacks that were rounded for their inputs and to nearest; neither
-            counts those of merged training.
+            counts dithered ones.
         merged_training: training computed with the rounded weights, so that nothing is lost by rounding them.
         calibrated: `packed_digest` of the calibrated experts by HF weight name and number: no bound for single blocks
             holds there.
         biases: `tensor_digest` of the experts' biases that differ from the base's, by HF name.
+        rounding: how MXFP4 experts were rounded, dithered ones by the name of the rule; None if the format has none.
     """
 
     format: MergeFormat
@@ -54,6 +57,7 @@ class MergeReport:
     merged_training: bool = False
     calibrated: dict[str, dict[int, str]] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
+    rounding: str | None = None
 
     def __str__(self) -> str:
         total = sum(self.updates.values(), UpdateStats())
@@ -71,7 +75,13 @@ class MergeReport:
                 f"{self.num_calibrated} of {self.num_calibrated + self.num_nearest} trained experts rounded for their "
                 f"inputs: on held-out ones their outputs are off by {total.output_error:.1%} of what the base's are"
             )
-        lost = [name for name, stats in self.updates.items() if _error(stats) > LOST]
+        dithered = [name for name in self.updates if self.rounding == DITHER_RULE and name.endswith(PROJECTIONS)]
+        if dithered:
+            lines.append(
+                f"{len(dithered)} weights of experts are dithered: what they err by is noise, of a mean near zero, and "
+                "the outputs on held-out rows say how much it matters"
+            )
+        lost = [name for name, stats in self.updates.items() if name not in dithered and _error(stats) > LOST]
         if lost:
             lines.append(
                 f"{len(lost)} of {len(self.updates)} updates are too small for {self.format} and lost in rounding, "
@@ -84,6 +94,7 @@ class MergeReport:
         return {
             "format": self.format,
             "merged_training": self.merged_training,
+            "rounding": self.rounding,
             "num_tensors_copied": self.num_copied,
             "num_experts_calibrated": self.num_calibrated,
             "num_experts_to_nearest": self.num_nearest,
@@ -107,6 +118,7 @@ def merge(
     *,
     format: MergeFormat,
     calibrate: Calibrate | None = None,
+    dithered: bool = False,
     merged_training: bool = False,
     check: Check | None = None,
     progress: bool = True,
@@ -119,7 +131,8 @@ def merge(
 
     Args:
         deltas: by HF weight name: `….self_attn.q_proj.weight`, `….mlp.router.weight`, `….mlp.experts.gate_up_proj`.
-        merged_training: training computed with experts rounded by `merge_mxfp4_dithered`: they are in every format.
+        dithered: experts of a packed base are rounded by `merge_mxfp4_dithered`, where the format has MXFP4 ones.
+        merged_training: training computed with experts rounded so: they are in every format.
         check: called with the finished folder before it has its name, and the report; what it raises leaves no `out`.
 
     Raises:
@@ -131,7 +144,7 @@ def merge(
     check_rewritten(base, deltas, format)
     with whole_folder(out, num_bytes=_num_bytes(base.spec, format)) as folder:
         with row_workers() as pool:
-            weights = MergedWeights(base, deltas, pool, calibrate, merged_training=merged_training)
+            weights = MergedWeights(base, deltas, pool, calibrate, dithered=dithered, merged_training=merged_training)
             if format == "gguf" or format == "gguf_q8_0":
                 num_copied = _write_gguf(weights, folder, format, progress)
             else:
@@ -145,6 +158,7 @@ def merge(
             merged_training,
             weights.calibrated,
             {name: tensor_digest(bias) for name, bias in weights.biases.items()},
+            _rounding(format, weights),
         )
         if check:
             check(folder, report)
@@ -201,6 +215,12 @@ def _config(base: Checkpoint, format: Layout) -> bytes:
     if format == "mxfp4":
         config["quantization_config"] = QUANTIZATION_CONFIG
     return config_as_text(config).encode()
+
+
+def _rounding(format: MergeFormat, weights: MergedWeights) -> str | None:
+    if format == "bf16" and not weights.merged_training:
+        return None
+    return DITHER_RULE if weights.dithered and weights.packed else "calibrated" if weights.calibrate else "nearest"
 
 
 def _error(stats: UpdateStats) -> float:

@@ -17,6 +17,7 @@ from gptoss_ft.export.fidelity import Fidelity
 from gptoss_ft.export.fingerprint import base_fingerprint, check_fingerprint
 from gptoss_ft.export.merge import MERGE_FILE, MergeReport
 from gptoss_ft.export.verdict import ARITHMETIC_NOISE
+from gptoss_ft.kernels.merging import DITHER_RULE
 from gptoss_ft.model.checkpoint import Checkpoint
 
 Merged = list[dict[str, str]]
@@ -52,19 +53,21 @@ def merged_into(folder: Path) -> Merged:
 
 @dataclass(frozen=True)
 class Noted:
-    """What an export says that it wrote where calibration decided.
+    """What an export says that it wrote where base and adapter do not tell.
 
     Attributes:
+        rounding: how its MXFP4 experts were rounded, see `MergeReport`; None where it has none or does not say.
         experts: `packed_digest` by HF weight name and expert.
         biases: `tensor_digest` by HF name.
     """
 
     experts: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     biases: Mapping[str, str] = field(default_factory=dict)
+    rounding: str | None = None
 
 
-def calibrated_in(export: Path) -> Noted:
-    """What calibration decided in an export.
+def noted_in(export: Path) -> Noted:
+    """What the merge.json of an export says; nothing where there is none.
 
     Raises:
         UserError: if its merge.json is damaged.
@@ -76,9 +79,30 @@ def calibrated_in(export: Path) -> Noted:
         record = json.loads(file.read_bytes())
         recorded = record["calibrated_experts"]
         experts = {name: {int(e): str(digest) for e, digest in digests.items()} for name, digests in recorded.items()}
-        return Noted(experts, {name: str(digest) for name, digest in record["corrected_biases"].items()})
+        biases = {name: str(digest) for name, digest in record["corrected_biases"].items()}
+        return Noted(experts, biases, record.get("rounding"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged: export again") from error
+
+
+def check_dithered(noted: Noted, base: Checkpoint, export: Path) -> None:
+    """Tell whether what a dithered export should hold can be computed here; of others nothing is asked.
+
+    Raises:
+        UserError: if it was dithered by another rule than this version's, or the base is not packed.
+    """
+    if not (noted.rounding or "").startswith("dithered"):
+        return
+    if noted.rounding != DITHER_RULE:
+        raise UserError(
+            f"{export} was rounded by the rule {noted.rounding!r} ({MERGE_FILE} says so), and this version of "
+            f"gptoss-ft knows {DITHER_RULE!r} alone: verify it with the version that wrote it, or export again"
+        )
+    if base.layout == "bf16":
+        raise UserError(
+            f"{base.path} holds bf16 experts, and {export} was dithered from packed ones: name that base with "
+            "base=FOLDER"
+        )
 
 
 def holds_already(base: Checkpoint, adapter: str) -> bool:

@@ -71,9 +71,9 @@ class MergedWeights:
 
     Args:
         calibrate: asked for every expert of a packed base that has an update, in the order of the layers; without it
-            and where it says None, MXFP4 numbers are rounded to nearest, but for `merged_training`.
-        merged_training: of a packed base, updated experts are rounded to MXFP4 as training through the merge saw them,
-            in the bf16 layout too.
+            and where it says None, MXFP4 numbers are rounded to nearest, but for `dithered` and `merged_training`.
+        dithered: updated experts of a packed base are rounded to MXFP4 by `merge_mxfp4_dithered`.
+        merged_training: so they are in the bf16 layout too, as training through the merge saw them.
 
     Attributes:
         updates: by HF weight name, over the experts that have an update, how it compares with what was written;
@@ -90,9 +90,11 @@ class MergedWeights:
         pool: ThreadPoolExecutor,
         calibrate: Calibrate | None = None,
         *,
+        dithered: bool = False,
         merged_training: bool = False,
     ) -> None:
         self.base = base
+        self.dithered = dithered or merged_training
         self.merged_training = merged_training
         self.deltas = deltas
         self.pool = pool
@@ -217,7 +219,7 @@ class MergedWeights:
             self.calibrated.setdefault(name, {})[expert] = packed_digest(rounded.blocks, rounded.scales)
             self._note_bias(f"{name}_bias", expert, rounded.bias)
         else:
-            self.num_nearest += not self.merged_training
+            self.num_nearest += not self.dithered
             rounded = self._round_elements(update, factors, scaling)
         self._note(name, [rounded.stats])
         if self.calibrate:
@@ -226,7 +228,7 @@ class MergedWeights:
 
     def _round_elements(self, update: PackedUpdate, factors: tuple[Tensor, Tensor], scaling: float) -> Rounded:
         blocks, scales = update.blocks.clone(), update.scales.clone()
-        merge_packed = merge_mxfp4_dithered if self.merged_training else merge_mxfp4
+        merge_packed = merge_mxfp4_dithered if self.dithered else merge_mxfp4
 
         def add(rows: slice) -> UpdateStats:
             base, target = dequantize_mxfp4(blocks[rows], scales[rows], torch.float32), update.target(rows)

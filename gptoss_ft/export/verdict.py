@@ -31,6 +31,7 @@ WEIGHT_BOUNDS: dict[Kind, float] = {
     "bf16": 1.01 * 2**-8,
     "q8_0": 32**0.5 / 254 + 1.1 * 2**-8,
     "mxfp4": 0.4,
+    "dithered": 0.0,
     "merged": 0.0,
     "calibrated": inf,
     "bias": inf,
@@ -51,7 +52,7 @@ LLAMA_CPP_NOISE = 3e-2
 EXACT_ADAPTERS = ("adapter", "adapter_sglang")
 
 SERVE_ADAPTER = "serve the adapter beside the base (format=adapter), which loses nothing"
-CALIBRATE = "try rounding=calibrated, train through the merge (adapter.qat=true)"
+CALIBRATE = "try rounding=dithered or rounding=calibrated, train through the merge (adapter.qat=true)"
 ATTENTION = "train adapter.targets=attention, which stays bf16 in it"
 PACKED_CURE = f"{SERVE_ADAPTER}, export format=bf16, {CALIBRATE}, or {ATTENTION}"
 GGUF_CURE = f"serve the adapter beside the base (format=adapter_gguf), {CALIBRATE}, or {ATTENTION}"

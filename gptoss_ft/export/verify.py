@@ -30,7 +30,7 @@ from gptoss_ft.export.gguf_layout import ADAPTER_FILE, MODEL_FILE
 from gptoss_ft.export.gguf_read import GgufModel
 from gptoss_ft.export.gpt_oss_reader import open_with_gpt_oss
 from gptoss_ft.export.llama_cpp import LlamaCpp, open_adapter_with_llama_cpp
-from gptoss_ft.export.merge_record import Noted, calibrated_in
+from gptoss_ft.export.merge_record import Noted, check_dithered, noted_in
 from gptoss_ft.export.readers import NotRun, Reader, Rows, load_for_reading, one_by_one, open_with_gptoss_ft, reader_of
 from gptoss_ft.export.sglang_adapter import is_adapter_sglang, read_adapter_sglang
 from gptoss_ft.export.transformers_reader import (
@@ -40,6 +40,7 @@ from gptoss_ft.export.transformers_reader import (
 )
 from gptoss_ft.export.verdict import ARITHMETIC_NOISE, LLAMA_CPP_NOISE, Reading, VerifyReport, WeightCheck
 from gptoss_ft.export.weights import checkpoint_distances, delta_distances
+from gptoss_ft.kernels.merging import DITHER_RULE
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.manifest import check_hashes
 from gptoss_ft.model.spec import ORIGINAL_KEYS
@@ -84,9 +85,9 @@ def verify_export(
     check_hashes(export, progress=progress)
     format, contents = open_export(base_checkpoint, export)
     excerpts = select_positions(samples, max_tokens)
-    weights = check_weights(
-        base_checkpoint, adapter, contents, calibrated_in(export), progress, merged_training=merged_training
-    )
+    noted = noted_in(export)
+    check_dithered(noted, base_checkpoint, export)
+    weights = check_weights(base_checkpoint, adapter, contents, noted, progress, merged_training=merged_training)
     del contents
     trained_PV, base_distances = trained_logits(
         base_checkpoint, adapter, excerpts, progress, merged_training=merged_training
@@ -156,11 +157,17 @@ def check_weights(
     *,
     merged_training: bool = False,
 ) -> WeightCheck:
-    """Compare all weights, file with file; `noted` is what `calibrated_in` says."""
+    """Compare all weights, file with file; `noted` is what `noted_in` says."""
     deltas = read_adapter(adapter, base.spec)
     distances = (
         checkpoint_distances(
-            base, deltas, contents, noted.experts, merged_training=merged_training, biases=noted.biases
+            base,
+            deltas,
+            contents,
+            noted.experts,
+            dithered=noted.rounding == DITHER_RULE,
+            merged_training=merged_training,
+            biases=noted.biases,
         )
         if isinstance(contents, Checkpoint | GgufModel)
         else delta_distances(deltas, contents)

@@ -22,7 +22,7 @@ from gptoss_ft.model.checkpoint import Checkpoint
 
 CHUNK_ROWS = 4096
 
-Kind = Literal["copied", "update", "bf16", "q8_0", "mxfp4", "merged", "calibrated", "bias"]
+Kind = Literal["copied", "update", "bf16", "q8_0", "mxfp4", "dithered", "merged", "calibrated", "bias"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class WeightDistance:
 
     Attributes:
         name: HF name of the bf16 layout.
-        kind: what it is to be: unchanged, an adapter's update, rounded to a format, or the very numbers that training
-            through the merge computed with.
+        kind: what it is to be: unchanged, an adapter's update, rounded to a format, the very numbers that dithering
+            makes of it, or that training through the merge computed with.
         altered: whether its bytes are others than were noted when it was written, where they were.
     """
 
@@ -53,12 +53,14 @@ def checkpoint_distances(
     export: Checkpoint | GgufModel,
     calibrated: Mapping[str, Mapping[int, str]] | None = None,
     *,
+    dithered: bool = False,
     merged_training: bool = False,
     biases: Mapping[str, str] | None = None,
 ) -> Iterator[WeightDistance]:
     """How far every tensor of a merged model is from base + deltas, experts one by one.
 
     Args:
+        dithered: experts were rounded by `merge_mxfp4_dithered`, from a packed base.
         merged_training: base + deltas is what training through the merge computed with, rounded as it was there.
         calibrated: `packed_digest` by name and expert of those that were rounded for their inputs, where a block may be
             far from its target on purpose.
@@ -70,9 +72,10 @@ def checkpoint_distances(
         if len(tensor.shape) == 3:
             for expert in range(tensor.shape[0]):
                 found_OK = expert_weight(export, name, expert)
-                if merged_training and delta and (factors := delta.factors(expert)):
-                    target_OK = _merged_expert(base, name, expert, factors, delta.scaling)
-                    yield WeightDistance(name, "merged", worst_block(target_OK, found_OK), expert)
+                if (dithered or merged_training) and delta and (factors := delta.factors(expert)):
+                    target_OK = _dithered_expert(base, name, expert, factors, delta.scaling)
+                    kind: Kind = "merged" if merged_training else "dithered"
+                    yield WeightDistance(name, kind, worst_block(target_OK, found_OK), expert)
                     continue
                 target_OK = expert_weight(base, name, expert)
                 changed = _add(target_OK, delta, expert)
@@ -95,7 +98,7 @@ def checkpoint_distances(
         elif delta is not None and delta.factors():
             target_OK = base.read(name).float()
             _add(target_OK, delta)
-            kind: Kind = "q8_0" if name in rounded else "bf16"
+            kind = "q8_0" if name in rounded else "bf16"
             yield WeightDistance(name, kind, worst_block(target_OK, export.read(name)))
         else:
             num_rows = tensor.shape[0]
@@ -144,8 +147,10 @@ def expert_weight(checkpoint: Checkpoint | GgufModel, name: str, expert: int) ->
     return dequantize_mxfp4(read(f"{name}_blocks"), read(f"{name}_scales"), torch.float32)
 
 
-def _merged_expert(base: Checkpoint, name: str, expert: int, factors: tuple[Tensor, Tensor], scaling: float) -> Tensor:
-    """An expert's weight as training through the merge computed with it, fp32 [O, K]."""
+def _dithered_expert(
+    base: Checkpoint, name: str, expert: int, factors: tuple[Tensor, Tensor], scaling: float
+) -> Tensor:
+    """An expert's weight as `merge_mxfp4_dithered` rounds it, fp32 [O, K]."""
     packed = MXFP4Weight(*(base.read(f"{name}_{part}", expert, expert + 1) for part in ("blocks", "scales")))
     merged = merge_mxfp4_dithered(packed, factors[1][None], factors[0][None], scaling)
     return dequantize_mxfp4(*merged, torch.float32)[0]

@@ -41,6 +41,7 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.versions = self.path / "versions.json"
+        self.rounding = self.path / "rounding.json"
         self.metrics = self.path / "metrics.jsonl"
         self.audit = self.path / "audit.json"
         self.summary = self.path / "summary.json"
@@ -105,6 +106,23 @@ class RunFolder:
         lines = self.metrics.read_text("utf-8").splitlines() if self.metrics.is_file() else []
         measured = [json.loads(line) for line in lines if "eval_loss_nats" in line]
         return measured[0]["eval_loss_nats"] if measured else None
+
+    def write_rounding(self, rule: str) -> None:
+        """Record the rule of rounding that the run trains through."""
+        write_json(self.rounding, {"trained_through": rule})
+
+    def trained_rounding(self) -> str | None:
+        """What `write_rounding` recorded; None if nothing is.
+
+        Raises:
+            UserError: if the record is damaged.
+        """
+        if not self.rounding.is_file():
+            return None
+        try:
+            return str(json.loads(self.rounding.read_bytes())["trained_through"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.rounding} is damaged: remove it to use {self.path} without this check") from error
 
     def write_origin(self, config_yaml: str) -> None:
         """Record the resolved config, and the versions and machine it runs on."""

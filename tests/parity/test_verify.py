@@ -27,7 +27,7 @@ from gptoss_ft.export.excerpts import select_positions
 from gptoss_ft.export.fingerprint import write_fingerprint
 from gptoss_ft.export.gguf_adapter import export_adapter_gguf
 from gptoss_ft.export.merge import merge
-from gptoss_ft.export.merge_record import Noted, calibrated_in
+from gptoss_ft.export.merge_record import Noted, noted_in
 from gptoss_ft.export.merged import Rounded
 from gptoss_ft.export.verdict import Reading, VerifyReport, WeightCheck
 from gptoss_ft.export.verify import check_weights, open_export, verify_export
@@ -319,7 +319,7 @@ def test_calibrated_experts_are_known_by_what_was_written(wide, tmp_path):
         again = merge(base, deltas, tmp_path / format, format=format, calibrate=OneExpert(), progress=False)
         assert (again.calibrated, again.biases) == (report.calibrated, report.biases)
         _, contents = open_export(base, tmp_path / format)
-        noted = calibrated_in(out)
+        noted = noted_in(out)
         assert not check_weights(base, wide.adapter, contents, noted).outside
         assert bias in [w.place for w in check_weights(base, wide.adapter, contents, Noted(noted.experts)).outside]
     # GGUF's are fp32: one that is not what bf16 can hold was not written so.

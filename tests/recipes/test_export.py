@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from gptoss_ft.cli import main
@@ -19,7 +20,12 @@ from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.distance import quantile
 from gptoss_ft.export.fingerprint import base_fingerprint, check_fingerprint, write_fingerprint
 from gptoss_ft.export.gguf_layout import q8_0_weights
+from gptoss_ft.export.merge_record import Noted, check_dithered, noted_in
+from gptoss_ft.export.verify import check_weights, open_export
+from gptoss_ft.export.weights import expert_weight
 from gptoss_ft.files import partial_of
+from gptoss_ft.kernels.merging import DITHER_RULE, merge_mxfp4, merge_mxfp4_dithered
+from gptoss_ft.kernels.reference import MXFP4Weight, dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.recipes.export import Calibrated, calibration_samples, export_run, record_path, rounding_key
@@ -112,6 +118,83 @@ def test_a_truncated_adapter_is_an_error_of_one_line(run, tmp_path, capsys, form
     error = capsys.readouterr().err
     assert error.startswith(f"error: {weights} is truncated or damaged") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "original", "gguf", "gguf_q8_0"])
+@pytest.mark.parametrize("layout", ["mxfp4", "original"])
+def test_a_dithered_export_has_the_bits_that_merge_aware_training_computes_with(
+    run, small_bases, tmp_path, format, layout, capsys
+):
+    base, out = Checkpoint.open(small_bases[layout]), tmp_path / "out"
+    words = [f"run={run}", f"format={format}", "rounding=dithered", f"base={base.path}", f"out={out}"]
+    assert not (tmp_path / "rows.jsonl").exists()  # nothing is calibrated
+    assert main(["export", *words, "fidelity_tokens=0"]) == 0
+    assert "4 weights of experts are dithered" in (printed := capsys.readouterr().out) and "lost" not in printed
+    deltas = read_adapter(run / "adapter", base.spec)
+    _, exported = open_export(base, out)
+    for layer in range(base.spec.num_hidden_layers):
+        for projection in ("gate_up_proj", "down_proj"):
+            name = f"model.layers.{layer}.mlp.experts.{projection}"
+            packed = MXFP4Weight(*(base.tensor(f"{name}_{part}") for part in ("blocks", "scales")))
+            dithered = merge_mxfp4_dithered(packed, deltas[name].A, deltas[name].B, deltas[name].scaling)
+            nearest = merge_mxfp4(packed, deltas[name].A, deltas[name].B, deltas[name].scaling)
+            for expert in range(base.spec.num_local_experts):
+                found = expert_weight(exported, name, expert)
+                assert torch.equal(found, dequantize_mxfp4(*(part[expert] for part in dithered), torch.float32))
+                assert not torch.equal(found, dequantize_mxfp4(*(part[expert] for part in nearest), torch.float32))
+
+    # The record says by which rule, so that every number can be compared.
+    noted = noted_in(out)
+    assert noted.rounding == DITHER_RULE and not json.loads((out / "merge.json").read_text())["merged_training"]
+    checked = check_weights(base, run / "adapter", exported, noted)
+    assert not checked.outside and checked.worst["dithered"].worst == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["format=bf16"],
+            "rounding=dithered is for formats that round experts (mxfp4, original, gguf, gguf_q8_0), not",
+        ),
+        (["format=adapter_gguf"], "rounding=dithered is for formats that round experts"),
+        (["format=mxfp4", "layers=[0]"], "layers must be null unless rounding=calibrated"),
+        (["format=gguf", "base=BF16"], "holds bf16 experts, and rounding=dithered starts from the MXFP4 numbers"),
+    ],
+)
+def test_what_cannot_be_dithered_is_refused(run, small_bases, tmp_path, capsys, words, message):
+    words = [word.replace("BF16", str(small_bases["bf16"])) for word in words]
+    assert main(["export", f"run={run}", *words, "rounding=dithered", f"out={tmp_path / 'out'}"]) != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_dithered_exports_are_compared_exactly_and_by_their_rule_alone(run, small_bases, tmp_path):
+    out = tmp_path / "out"
+    export_run(run, "mxfp4", out, dithered=True)
+    base, unpacked = (Checkpoint.open(small_bases[layout]) for layout in ("mxfp4", "bf16"))
+    check_dithered(noted_in(out), base, out)
+    # One number is a step off, which the bound of rounding to nearest has room for.
+    (file,) = out.glob("*.safetensors")
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.experts.down_proj"
+    tensors[f"{name}_blocks"][2].view(-1)[7] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    (out / "manifest.json").unlink()
+    checked = check_weights(base, run / "adapter", Checkpoint.open(out), noted_in(out))
+    assert [weight.place for weight in checked.outside] == [f"{name}, expert 2"]
+    checked = check_weights(base, run / "adapter", Checkpoint.open(out), Noted())
+    assert not [weight.place for weight in checked.outside]
+
+    with pytest.raises(UserError, match=f"{unpacked.path} holds bf16 experts, and {out} was dithered from packed ones"):
+        check_dithered(noted_in(out), unpacked, out)
+    record = json.loads((out / "merge.json").read_text())
+    (out / "merge.json").write_text(json.dumps(record | {"rounding": "dithered 0"}))
+    with pytest.raises(UserError, match=f"rule 'dithered 0'.* knows '{DITHER_RULE}' alone"):
+        check_dithered(noted_in(out), base, out)
+    # Exports from before rules were recorded: rounded to nearest, if not in training.
+    (out / "merge.json").write_text(json.dumps({key: value for key, value in record.items() if key != "rounding"}))
+    assert noted_in(out).rounding is None
 
 
 def test_calibrated_rounding_keeps_more_of_a_trained_run(tiny_base, four_rows, tmp_path, capsys):

@@ -43,12 +43,17 @@ def run(tiny_base, four_rows, tmp_path_factory):
 @pytest.fixture
 def barely(run, tmp_path):
     """The run with experts that moved so little that rounding to nearest writes the base again."""
-    folder = shutil.copytree(run.path, tmp_path / "barely")
+    return scaled(run, 0.06, tmp_path / "barely")
+
+
+def scaled(run, share, folder):
+    """A run with that share of the experts' updates, and no others."""
+    folder = shutil.copytree(run.path, folder)
     file = folder / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     for name, tensor in tensors.items():
         if "lora_B" in name:
-            tensor *= 0.06 if "experts" in name else 0
+            tensor *= share if "experts" in name else 0
     save_file(tensors, file)
     return RunFolder(folder)
 
@@ -185,6 +190,20 @@ def test_what_keeps_too_little_is_not_written_under_its_name(barely, tmp_path, c
     assert export(barely, tmp_path / "unmeasured", "format=mxfp4", "fidelity_tokens=0") == 0
     assert "was not measured" in capsys.readouterr().out
     assert record(tmp_path / "unmeasured")["fidelity"] is None
+
+
+def test_dithering_keeps_more_of_what_is_larger_than_its_noise(run, barely, tmp_path, capsys):
+    some = scaled(run, 0.3, tmp_path / "some")
+    kept = {}
+    for rounding in ("nearest", "dithered"):
+        out = tmp_path / rounding
+        assert export(some, out, "format=mxfp4", f"rounding={rounding}", "min_fidelity=0") == 0
+        kept[rounding] = record(out)["fidelity"]["fidelity"]
+    assert kept["dithered"] > kept["nearest"] + 0.1
+    # Where it is smaller, the base is nearer to the trained model.
+    assert export(barely, tmp_path / "noise", "format=mxfp4", "rounding=dithered") == 1
+    assert "fidelity -0." in capsys.readouterr().err
+    assert not (tmp_path / "noise").exists()
 
 
 def test_a_rejected_export_says_where_its_rounding_is_kept(barely, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,11 +16,13 @@ from gptoss_ft.cli import main
 from gptoss_ft.config.load import load_train_config
 from gptoss_ft.errors import ConfigError, UserError
 from gptoss_ft.kernels import dispatch, experts
+from gptoss_ft.kernels.merging import DITHER_RULE
 from gptoss_ft.kernels.reference import dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.load import load_base
 from gptoss_ft.recipes import qat, sft
 from gptoss_ft.recipes.export import Calibrated, export_run
+from gptoss_ft.training.run_folder import RunFolder
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
@@ -126,6 +129,8 @@ def test_reports_say_what_was_done(trained):
     assert merged["merged_training"] and merged["overall"]["changed_share"] > 0
     verified = json.loads((folder / "verify-mxfp4.json").read_text())
     assert verified["passed"] and verified["weights"]["worst"]["merged"]["relative"] == 0
+    assert merged["rounding"] == DITHER_RULE
+    assert json.loads((folder / "rounding.json").read_text()) == {"trained_through": DITHER_RULE}
     assert "merge" in (folder / "adapter" / "README.md").read_text().lower()
 
 
@@ -205,6 +210,36 @@ def test_the_adapter_alone_is_refused(format, trained, tmp_path, capsys):
     assert main(["export", f"run={trained[0]}", f"format={format}", f"out={tmp_path / 'out'}"]) == 1
     assert "adapter.qat=true" in (error := capsys.readouterr().err) and "format=mxfp4" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_the_rule_that_a_run_was_trained_through_is_compared(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run, ignore=shutil.ignore_patterns("export"))
+    words = [f"run={run}", "format=mxfp4", "fidelity_tokens=0"]
+    assert main(["export", *words, f"out={tmp_path / 'same'}", "rounding=dithered"]) == 0
+    assert "rounding.json" not in capsys.readouterr().out
+    same = (tmp_path / "same" / "model.safetensors").read_bytes()
+    assert same == (trained[0] / "export" / "mxfp4" / "model.safetensors").read_bytes()
+
+    (run / "rounding.json").write_text('{"trained_through": "dithered 0"}')
+    assert main(["export", *words, f"out={tmp_path / 'other'}"]) == 1
+    assert main(["verify", f"run={run}", f"path={tmp_path / 'same'}"]) == 1
+    shutil.rmtree(run / "adapter")
+    (run / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(UserError, match="was trained through the rounding 'dithered 0'"):
+        sft.open_run_folder(RunFolder(run), load_train_config([f"config={run / 'config.yaml'}", "run.resume=true"]))
+    error = f"'dithered 0', and this version of gptoss-ft rounds by '{DITHER_RULE}'"
+    assert capsys.readouterr().err.count(error) == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_does_not_tell_its_rule_is_named(trained, tmp_path, capsys):
+    run = shutil.copytree(trained[0], tmp_path / "run", ignore=shutil.ignore_patterns("export", "rounding.json"))
+    assert main(["export", f"run={run}", "format=mxfp4", "fidelity_tokens=0", f"out={tmp_path / 'out'}"]) == 0
+    assert f"{run} has no rounding.json: it began before runs recorded" in capsys.readouterr().out
+    (run / "rounding.json").write_text("[]")
+    with pytest.raises(UserError, match=r"rounding\.json is damaged"):
+        RunFolder(run).trained_rounding()
 
 
 def test_another_rounding_is_refused(trained, tmp_path):

@@ -1,5 +1,7 @@
 """Merged bytes: the same for every instruction set and number of threads, and those of the rule in fp64."""
 
+import hashlib
+
 import pytest
 import torch
 
@@ -171,6 +173,18 @@ def test_dithered_rows_do_not_depend_on_their_portion(isa):
     part = MXFP4Weight(*(tensor[1:2, rows].contiguous() for tensor in weight))
     merged = dispatch.merge_mxfp4_dithered(part, A[1:2], B[1:2, rows], 1.0)
     assert all(torch.equal(ours, theirs[1:2, rows]) for ours, theirs in zip(merged, whole, strict=True))
+
+
+def test_what_the_rule_of_dithering_writes_has_not_changed():
+    """Runs and exports record the rule by its name: whoever changes a bit of this gives it another one."""
+    codes = torch.arange(2 * 6 * 3 * 16).view(2, 6, 3, 16)
+    weight = MXFP4Weight((codes * 37 % 251).byte(), (120 + codes[..., 0] // 16 % 5).byte())
+    A = torch.arange(2 * 4 * 96).view(2, 4, 96).mul(29).remainder(61).sub(30) / 64
+    B = torch.arange(2 * 6 * 4).view(2, 6, 4).mul(17).remainder(31).sub(15) / 512
+    digest = hashlib.sha256()
+    for part in merging.merge_mxfp4_dithered(weight, A, B, 0.5):
+        digest.update(part.contiguous().numpy().data)
+    assert (merging.DITHER_RULE, digest.hexdigest()[:16]) == ("dithered 1", "3fc6b1a8c019fd6a")
 
 
 def test_it_is_the_rounding_of_a_merge_with_statistics():
