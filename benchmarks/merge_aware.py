@@ -1,13 +1,27 @@
-"""What reaches the merged MXFP4 model: training and merging after it, beside training through the merge.
+"""What reaches the merged MXFP4 model: training and each way to merge after it, beside training through the merge.
 
-    python benchmarks/merge_aware.py [--steps 40] [--rates 2e-4 1e-3 5e-3] [--seed 0] [--targets experts] [--work DIR]
-        [--json]
+    python benchmarks/merge_aware.py [--steps 40] [--rates 2e-4 1e-3 5e-3] [--targets experts] [--tokens 8192]
+        [--ablation] [--base FOLDER] [--seed 0] [--work DIR] [--json]
 
 The quickstart's rows, model and held-out rows. At each learning rate both kinds of training take the same steps from
-the same initial numbers; the first kind is exported with rounding=nearest and with rounding=calibrated, and merged by
-the rounding of the second kind. Every number is the held-out loss in nats per token, in fp32: of the base, of the
-trained model beside its adapter, of its three merges, and of the merged model of merge-aware training, which is its
-trained model. `update` is |D| / |W| over the experts.
+the same initial numbers. Every model is run on all held-out rows, in fp32:
+
+    base          what was trained on: random weights, or the packed checkpoint given with --base
+    trained       the first kind of training, its adapter beside the base
+    nearest       the same, merged and each number of an expert rounded to nearest
+    dithered      by a threshold of each number
+    calibrated    for what the experts see of --tokens tokens of the training rows
+    merge_aware   the second kind of training, merged: its trained model, so that it is 0 nats from that
+
+With --ablation also what calibrated rounding is made of:
+
+    rounding      of the inputs in the trained model, biases left as they are
+    +feedback     of the inputs in the merged model, where all layers before are rounded, and of what they miss
+    +biases       of the inputs in the trained model, and biases that take up the mean of what is missing
+
+Loss is in nats for each token that carries some. KL is from the trained model of the first kind, mean and median over
+one in four of these tokens in one in four rows, and `same_top` how often the most likely ones agree there. `update` is
+|D| / |W| over the experts.
 """
 
 import argparse
@@ -15,104 +29,178 @@ import contextlib
 import json
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GptOssForCausalLM
 
 from gptoss_ft.adapters.save import load_adapter
-from gptoss_ft.config.load import load_train_config
+from gptoss_ft.config.load import load_train_config, to_yaml
 from gptoss_ft.config.schema import TrainConfig
+from gptoss_ft.data.sample import Sample
 from gptoss_ft.export.adapter import read_adapter
+from gptoss_ft.export.calibrate import Calibration
+from gptoss_ft.export.distance import Distances, quantile
 from gptoss_ft.export.merge import merge
+from gptoss_ft.export.merged import PackedUpdate, Rounded
+from gptoss_ft.export.streams import PairedInputs
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.load import load_base
 from gptoss_ft.recipes import qat, sft
-from gptoss_ft.recipes.export import Calibrated, export_run
+from gptoss_ft.recipes.export import Calibrated, calibration_samples, export_run
 from gptoss_ft.recipes.samples import held_out_samples
+from gptoss_ft.training.run_folder import RunFolder
 
-CALIBRATION_TOKENS = 8192
-COLUMNS = (
-    *("rate", "update", "base", "trained", "nearest", "calibrated", "dithered"),
-    *("merge_aware", "merge_aware_update"),
-)
+COLUMNS = ("loss", "mean_kl", "median_kl", "same_top")
+# Of rows, and of their tokens that carry loss, one in so many is compared: logits of one are 0.8 MB, and fp64 is slow.
+KL_STEP = 4
+# Whether what the layers before left undone is made good, and the mean of the rest by biases.
+ABLATION = {"rounding": (False, False), "+feedback": (True, False), "+biases": (False, True)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rates", nargs="+", default=["2e-4", "1e-3", "5e-3"])
-    parser.add_argument("--seed", type=int, default=0, help="of the adapters' initial weights and the order of rows")
     parser.add_argument("--targets", nargs="+", default=["experts"])
-    parser.add_argument("--work", type=Path, help="folder for the runs; by default a temporary one")
+    parser.add_argument("--tokens", type=int, default=8192, help="that are calibrated on")
+    parser.add_argument("--ablation", action="store_true", help="take calibrated rounding apart")
+    parser.add_argument("--base", type=Path, help="packed checkpoint to start from; by default random weights")
+    parser.add_argument("--seed", type=int, default=0, help="of the adapters' initial weights and the order of rows")
+    parser.add_argument(
+        "--work", type=Path, help="folder for the runs, where finished ones are used again; by default a temporary one"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON last")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         results = []
-        print("  ".join(f"{column:>18}" for column in COLUMNS))
         for rate in args.rates:
             with contextlib.redirect_stdout(sys.stderr):
-                found = compare(work, rate, args.steps, args.targets, args.seed)
-            results.append(found)
-            print("  ".join(f"{found[column]:18.5g}" for column in COLUMNS), flush=True)
+                found = compare(work, rate, args)
+            results.append({"rate": float(rate), **found})
+            print(f"rate {rate}, update {found['update']:.2%}, merge-aware {found['merge_aware_update']:.2%}")
+            print(f"{'':12}" + "".join(f"{column:>11}" for column in COLUMNS))
+            for way, numbers in found["models"].items():
+                print(f"{way:12}" + "".join(f"{numbers[column]:11.4g}" for column in COLUMNS), flush=True)
     if args.json:
-        print(json.dumps({"steps": args.steps, "seed": args.seed, "targets": args.targets, "results": results}))
+        settings = {name: getattr(args, name) for name in ("steps", "targets", "tokens", "seed")}
+        print(json.dumps({**settings, "results": results}))
 
 
-def compare(work: Path, rate: str, steps: int, targets: list[str], seed: int) -> dict[str, float]:
-    """Both trainings at one learning rate."""
+def compare(work: Path, rate: str, args: argparse.Namespace) -> dict[str, object]:
+    """Both trainings at one learning rate, and all models that come of them."""
+    base_path = args.base or work / "base"
 
     def config(name: str, preset: str) -> TrainConfig:
-        words = [f"config={preset}", f"run.dir={work / f'{name}-{rate}'}", f"model.path={work / 'base'}"]
-        words += [f"trainer.max_steps={steps}", f"trainer.learning_rate={rate}", "export.formats=[]", f"seed={seed}"]
-        return load_train_config([*words, f"adapter.targets=[{','.join(targets)}]"])
+        words = [f"config={preset}", f"run.dir={work / f'{name}-{rate}'}", f"model.path={base_path}"]
+        words += [f"trainer.max_steps={args.steps}", f"trainer.learning_rate={rate}", "export.formats=[]"]
+        return load_train_config([*words, f"seed={args.seed}", f"adapter.targets=[{','.join(args.targets)}]"])
 
     after, aware = config("after", "quickstart"), config("aware", "qat_tiny")
-    run, aware_run = sft.main(after), qat.main(aware)
-    nearest = export_run(run, "mxfp4", run / "nearest")
-    calibrated = export_run(run, "mxfp4", run / "calibrated", calibrated=Calibrated(CALIBRATION_TOKENS))
-    base = Checkpoint.open(after.model.path)
-    dithered = run / "dithered"
-    merge(base, read_adapter(run / "adapter", base.spec), dithered, format="mxfp4", merged_training=True)
-    merged = export_run(aware_run, "mxfp4", aware_run / "export" / "mxfp4")
-    trained, _ = load_adapter(load_base(after.model.path, dtype=torch.float32), run / "adapter")
-    losses = {
-        "base": held_out_loss(load_base(after.model.path, dtype=torch.float32), after),
-        "trained": held_out_loss(trained, after),
-        **{
-            name: held_out_loss(load_base(folder, dtype=torch.float32), after)
-            for name, folder in (
-                *(("nearest", nearest), ("calibrated", calibrated), ("dithered", dithered)),
-                ("merge_aware", merged),
-            )
-        },
+    run, aware_run = finished(after) or sft.main(after), finished(aware) or qat.main(aware)
+    with tempfile.TemporaryDirectory(dir=work) as merged:
+        return models_of(run, aware_run, Path(merged), after, args)
+
+
+def finished(cfg: TrainConfig) -> Path | None:
+    """The folder of a run that has ended with this very config."""
+    run = RunFolder(cfg.run.dir)
+    same = run.adapter.is_dir() and run.config.read_text("utf-8") == to_yaml(sft.with_absolute_paths(cfg))
+    return run.path if same else None
+
+
+def models_of(
+    run: Path, aware_run: Path, merged: Path, cfg: TrainConfig, args: argparse.Namespace
+) -> dict[str, object]:
+    """Every model that comes of two runs, merged into folders in `merged`, and what it does."""
+    base_path = Path(cfg.model.path)
+    folders = {
+        "base": base_path,
+        "nearest": export_run(run, "mxfp4", merged / "nearest"),
+        "dithered": export_run(run, "mxfp4", merged / "dithered", dithered=True),
+        **({way: merge_in_part(run, merged, cfg, way, args.tokens) for way in ABLATION} if args.ablation else {}),
+        "calibrated": export_run(run, "mxfp4", merged / "calibrated", calibrated=Calibrated(args.tokens)),
+        "merge_aware": export_run(aware_run, "mxfp4", merged / "merge_aware"),
     }
-    (report,) = run.glob("merge-mxfp4-nearest-*.json")
+    samples = list(held_out_samples(cfg.data, cfg.seed))
+    trained, _ = load_adapter(load_base(base_path, dtype=torch.float32), run / "adapter")
+    wanted = compared(trained, samples)
+    models = {"trained": measure(trained, wanted, samples)}
+    del trained
+    for way, folder in folders.items():
+        models[way] = measure(load_base(folder, dtype=torch.float32), wanted, samples)
     return {
-        "rate": float(rate),
-        "update": relative_update(report),
-        **losses,
-        "merge_aware_update": relative_update(aware_run / "merge-mxfp4.json"),
+        "update": relative_update(folders["nearest"]),
+        "merge_aware_update": relative_update(folders["merge_aware"]),
+        "models": models,
     }
 
 
-def relative_update(report: Path) -> float:
+class InPart(Calibration):
+    """Calibrated rounding without what the two switches stand for, see `ABLATION`."""
+
+    def __init__(self, *arguments: object, feedback: bool, biases: bool) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        self.keeps_biases = not biases
+        if not feedback:
+            paired = self.streams.inputs
+
+            def trained_alone(projection: str) -> PairedInputs:
+                found = paired(projection)
+                return PairedInputs(found.trained, found.trained, found.ends_E)
+
+            self.streams.inputs = trained_alone  # type: ignore[method-assign]
+
+    def __call__(self, name: str, expert: int, update: PackedUpdate, pool: ThreadPoolExecutor) -> Rounded | None:
+        """As `Calibration` rounds it, but for the bias."""
+        rounded = super().__call__(name, expert, update, pool)
+        return rounded._replace(bias=update.bias) if rounded and self.keeps_biases else rounded
+
+
+def merge_in_part(run: Path, merged: Path, cfg: TrainConfig, way: str, num_tokens: int) -> Path:
+    """The folder of a merge by one row of the ablation, on the same rows as a calibrated export."""
+    base = Checkpoint.open(cfg.model.path)
+    deltas = read_adapter(run / "adapter", base.spec)
+    model, _ = load_adapter(load_base(base.path), run / "adapter")
+    feedback, biases = ABLATION[way]
+    samples = calibration_samples(cfg, num_tokens)
+    calibrate = InPart(model, base, deltas, samples, feedback=feedback, biases=biases)
+    merge(base, deltas, merged / way, format="mxfp4", calibrate=calibrate)
+    return merged / way
+
+
+def relative_update(export: Path) -> float:
     """|D| / |W| of the unrounded updates that an export merged."""
-    return float(json.loads(report.read_text())["overall"]["relative_update"])
+    return float(json.loads((export / "merge.json").read_text())["overall"]["relative_update"])
 
 
-def held_out_loss(model: GptOssForCausalLM, cfg: TrainConfig) -> float:
-    """Nats per token that carries loss, over all held-out rows."""
-    total = count = 0.0
-    for sample in held_out_samples(cfg.data, cfg.seed):
-        ids, labels = (torch.as_tensor(values, dtype=torch.int64) for values in (sample.input_ids, sample.labels))
-        with torch.no_grad():
-            logits = model(input_ids=ids[None]).logits[0, :-1]
-        total += cross_entropy(logits, labels[1:], reduction="sum").item()
-        count += int((labels[1:] >= 0).sum())
-    return total / count
+def measure(model: GptOssForCausalLM, wanted: list[Tensor], samples: list[Sample]) -> dict[str, float]:
+    """Loss over all samples, and distance from `wanted`, which `compared` gave of another model."""
+    losses = [cross_entropy(*scored(model, sample), reduction="none") for sample in samples]
+    distances = Distances.join(list(map(Distances.between, wanted, compared(model, samples))))
+    return {
+        "loss": float(torch.cat(losses).mean()),
+        "mean_kl": float(distances.kl_nats.mean()),
+        "median_kl": quantile(distances.kl_nats, 0.5),
+        "same_top": float(distances.same_top.double().mean()),
+    }
+
+
+def compared(model: GptOssForCausalLM, samples: list[Sample]) -> list[Tensor]:
+    """Logits `[P, V]` of the positions that are compared, by sample."""
+    return [scored(model, sample)[0][::KL_STEP].clone() for sample in samples[::KL_STEP]]
+
+
+@torch.no_grad()
+def scored(model: GptOssForCausalLM, sample: Sample) -> tuple[Tensor, Tensor]:
+    """Logits `[L, V]` where the next token carries loss, and these tokens `[L]`."""
+    ids, labels = (torch.as_tensor(values, dtype=torch.int64) for values in (sample.input_ids, sample.labels))
+    (positions_L,) = (labels[1:] >= 0).nonzero(as_tuple=True)
+    return model(input_ids=ids[None], logits_to_keep=positions_L).logits[0], labels[positions_L + 1]
 
 
 if __name__ == "__main__":
