@@ -101,7 +101,7 @@ def measure(
             seconds = time.perf_counter() - start
             print(report)
             num_bytes = sum(file.stat().st_size for file in out.iterdir())
-            num_same = check_the_rest(checkpoint, out, deltas.keys() | report.biases.keys())
+            num_same = check_the_rest(checkpoint, out, deltas.keys() | report.corrected.keys())
         finally:
             shutil.rmtree(out, ignore_errors=True)
     factors = sum(delta.A.nbytes + delta.B.nbytes for delta in deltas.values())

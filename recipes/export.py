@@ -14,6 +14,7 @@ from gptoss_ft.config.catalog import rows_fault
 from gptoss_ft.config.load import compose_train_config
 from gptoss_ft.config.schema import MIN_FIDELITY, ExportCommand, Rounding, TrainConfig
 from gptoss_ft.errors import UserError
+from gptoss_ft.export.absorb import RULES as ABSORB_RULES
 from gptoss_ft.export.adapter import export_adapter, read_adapter
 from gptoss_ft.export.calibrate import Calibration, is_selected
 from gptoss_ft.export.deltas import LowRankDelta
@@ -328,7 +329,7 @@ def rounding_key(
     rounded for what they leave.
     """
     places = [None if numbers is None else sorted(numbers) for numbers in (chosen.layers, chosen.experts)]
-    rules = [ROUNDING_RULES, PAIRED_RULES, sorted(q8_0)]
+    rules = [ROUNDING_RULES, PAIRED_RULES, ABSORB_RULES, sorted(q8_0)]
     return digest([base_fingerprint(base), adapter_digest(deltas), *rules, samples, places])
 
 

@@ -7,6 +7,7 @@ from time import perf_counter
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from tqdm import tqdm
 
 from gptoss_ft.export.deltas import LowRankDelta
@@ -18,6 +19,7 @@ from gptoss_ft.kernels.reference import BLOCK_SIZE
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.mxfp4.calibrated import MIN_INPUTS
 
+_CORRECTED = re.compile(r"model\.layers\.(?P<layer>\d+)\.self_attn\.[qkv]_proj\.(weight|bias)")
 _WEIGHT = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<projection>\w+)")
 
 
@@ -27,7 +29,8 @@ class Calibration:
     Uses as many of torch's threads as there are when it is made. See `Streams` for the first four arguments and `q8_0`.
 
     Args:
-        layers, experts: round experts of these numbers only; None stands for all.
+        layers, experts: round experts of these numbers only, and correct the attention of these layers only; None
+            stands for all.
         journal: where to keep what was rounded, and to take it from.
         num_elements: how many weights will be asked for, which is the whole of the progress bar and of the estimate
             that is printed; None shows neither.
@@ -47,7 +50,8 @@ class Calibration:
         q8_0: Collection[str] = (),
     ) -> None:
         self.num_threads = torch.get_num_threads()
-        self.streams = Streams(model, base, deltas, samples, q8_0)
+        self.streams = Streams(model, base, deltas, samples, q8_0, layers)
+        self.has_experts = any(_WEIGHT.fullmatch(name) for name in deltas)
         # Of one projection, by its weight name.
         self.inputs: dict[str, PairedInputs] = {}
         self.layers, self.experts = layers, experts
@@ -90,12 +94,28 @@ class Calibration:
         if layer <= self.last_layer:
             self.streams.write(projection, expert, rounded)
 
+    def corrected(self, name: str) -> Tensor | None:
+        """The tensor with this HF name as it is to be written, bf16; None if as base and update have it.
+
+        Raises:
+            RuntimeError: if a later layer was asked for before.
+        """
+        match = _CORRECTED.fullmatch(name)
+        if match is None or not self.has_experts:
+            return None
+        self._run_to(int(match["layer"]))
+        return self.streams.corrected.get(name)
+
     def _reach(self, name: str) -> tuple[int, str]:
         """Run the models up to the layer of a stack; returns the layer's number, and which of its stacks it is."""
         match = _WEIGHT.fullmatch(name)
         if match is None:
             raise ValueError(f"{name} is no stack of experts")
         layer = int(match["layer"])
+        self._run_to(layer)
+        return layer, match["projection"]
+
+    def _run_to(self, layer: int) -> None:
         if layer < self.streams.number:
             raise RuntimeError(f"layer {layer} was asked for after layer {self.streams.number}")
         while self.streams.number < min(layer, self.last_layer):
@@ -104,7 +124,6 @@ class Calibration:
             with torch_threads(self.num_threads):
                 self.streams.advance()
             self.progress.seconds_per_layer = perf_counter() - started
-        return layer, match["projection"]
 
 
 def is_selected(layer: int, expert: int, layers: Collection[int] | None, experts: Collection[int] | None) -> bool:

@@ -47,7 +47,7 @@ class LayerDistance:
 class OutputError:
     """Squared norms over inputs x of a weight: what is wrong with its outputs, (W' - W - D) x + b' - b, and D x itself.
 
-    Of biases b, those of experts may be corrected.
+    Of biases b, those of experts and of attention may be corrected.
     """
 
     error_sq: float = 0.0
@@ -225,9 +225,7 @@ class _SideBySide:
         x_NK = x_NK[:MAX_INPUTS].float()
         update_NO = delta.scaling * (x_NK @ down.float().T) @ up.float().T
         applied_OK = _weight(self.export, name, expert) - _weight(self.base, name, expert)
-        applied_NO = x_NK @ applied_OK.T
-        if expert is not None:
-            applied_NO += _bias(self.export, name, expert) - _bias(self.base, name, expert)
+        applied_NO = x_NK @ applied_OK.T + _bias(self.export, name, expert) - _bias(self.base, name, expert)
         found = self.output_errors[name]
         found.error_sq += float((applied_NO - update_NO).square().sum())
         found.update_sq += float(update_NO.square().sum())
@@ -237,7 +235,9 @@ def _weight(files: Stored, name: str, expert: int | None) -> Tensor:
     return files.read(name).float() if expert is None else expert_weight(files, name, expert)
 
 
-def _bias(files: Stored, name: str, expert: int) -> Tensor:
+def _bias(files: Stored, name: str, expert: int | None) -> Tensor:
+    if expert is None:
+        return files.read(f"{name.removesuffix('weight')}bias").float()
     return files.read(f"{name}_bias", expert, expert + 1)[0].float()
 
 

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 
 from gptoss_ft.export.deltas import LowRankDelta, check_deltas
 from gptoss_ft.export.finite import check_rewritten
-from gptoss_ft.export.gguf_layout import MODEL_FILE, GgufFormat, check_representable, gguf_tensors
+from gptoss_ft.export.gguf_layout import MODEL_FILE, GgufFormat, check_representable, gguf_tensors, q8_0_weights
 from gptoss_ft.export.gguf_model import write_model
 from gptoss_ft.export.merged import Calibrate, MergedWeights, row_workers, tensor_digest
 from gptoss_ft.files import whole_folder
@@ -45,7 +45,8 @@ class MergeReport:
         merged_training: training computed with the rounded weights, so that nothing is lost by rounding them.
         calibrated: `packed_digest` of the calibrated experts by HF weight name and number: no bound for single blocks
             holds there.
-        biases: `tensor_digest` of the experts' biases that differ from the base's, by HF name.
+        corrected: `tensor_digest` by HF name of what calibration corrected for the sake of outputs: biases of experts,
+            weights and biases of attention.
         rounding: how MXFP4 experts were rounded, dithered ones by the name of the rule; None if the format has none.
     """
 
@@ -56,7 +57,7 @@ class MergeReport:
     num_nearest: int = 0
     merged_training: bool = False
     calibrated: dict[str, dict[int, str]] = field(default_factory=dict)
-    biases: dict[str, str] = field(default_factory=dict)
+    corrected: dict[str, str] = field(default_factory=dict)
     rounding: str | None = None
 
     def __str__(self) -> str:
@@ -74,6 +75,10 @@ class MergeReport:
             lines.append(
                 f"{self.num_calibrated} of {self.num_calibrated + self.num_nearest} trained experts rounded for their "
                 f"inputs: on held-out ones their outputs are off by {total.output_error:.1%} of what the base's are"
+            )
+        if num_attention := sum(".self_attn." in name for name in self.corrected):
+            lines.append(
+                f"{num_attention} weights and biases of attention corrected for what rounding left before them"
             )
         dithered = [name for name in self.updates if self.rounding == DITHER_RULE and name.endswith(PROJECTIONS)]
         if dithered:
@@ -102,7 +107,7 @@ class MergeReport:
                 name: {str(expert): digest for expert, digest in digests.items()}
                 for name, digests in self.calibrated.items()
             },
-            "corrected_biases": self.biases,
+            "corrected_tensors": self.corrected,
             "overall": _as_dict(sum(self.updates.values(), UpdateStats())),
             "tensors": {name: _as_dict(stats) for name, stats in self.updates.items()},
         }
@@ -126,8 +131,9 @@ def merge(
     """Write base + deltas to the new folder `out`.
 
     Whatever has no update keeps its bytes where the format allows. bf16 weights are rounded to nearest; MXFP4 experts
-    as `merge_mxfp4` describes, or with `calibrate` for their inputs, biases included, see `MergedWeights`. config.json
-    is the base's, with what the format needs changed. The GGUF formats are one file, `model.gguf`.
+    as `merge_mxfp4` describes, or with `calibrate` for their inputs, see `MergedWeights`: their biases and attention
+    change too then. config.json is the base's, with what the format needs changed. The GGUF formats are one file,
+    `model.gguf`.
 
     Args:
         deltas: by HF weight name: `….self_attn.q_proj.weight`, `….mlp.router.weight`, `….mlp.experts.gate_up_proj`.
@@ -144,7 +150,10 @@ def merge(
     check_rewritten(base, deltas, format)
     with whole_folder(out, num_bytes=_num_bytes(base.spec, format)) as folder:
         with row_workers() as pool:
-            weights = MergedWeights(base, deltas, pool, calibrate, dithered=dithered, merged_training=merged_training)
+            q8_0 = q8_0_weights(base.spec, format)
+            weights = MergedWeights(
+                base, deltas, pool, calibrate, dithered=dithered, merged_training=merged_training, q8_0=q8_0
+            )
             if format == "gguf" or format == "gguf_q8_0":
                 num_copied = _write_gguf(weights, folder, format, progress)
             else:
@@ -157,7 +166,7 @@ def merge(
             weights.num_nearest,
             merged_training,
             weights.calibrated,
-            {name: tensor_digest(bias) for name, bias in weights.biases.items()},
+            {name: tensor_digest(bias) for name, bias in weights.biases.items()} | weights.corrected,
             _rounding(format, weights),
         )
         if check:
@@ -202,7 +211,7 @@ def _write_gguf(weights: MergedWeights, folder: Path, format: GgufFormat, progre
         manifest.write(format)
     rounded = {GGMLQuantizationType.Q8_0} | ({GGMLQuantizationType.MXFP4} if base.layout == "bf16" else set())
     tensors = gguf_tensors(base.spec, format)
-    changed = weights.deltas.keys() | weights.biases.keys()
+    changed = weights.deltas.keys() | weights.biases.keys() | weights.corrected.keys()
     return sum(name not in changed and parts[0].type not in rounded for name, parts in tensors.items())
 
 

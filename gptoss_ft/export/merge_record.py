@@ -58,11 +58,11 @@ class Noted:
     Attributes:
         rounding: how its MXFP4 experts were rounded, see `MergeReport`; None where it has none or does not say.
         experts: `packed_digest` by HF weight name and expert.
-        biases: `tensor_digest` by HF name.
+        corrected: `tensor_digest` by HF name of other tensors, as their file gives them.
     """
 
     experts: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-    biases: Mapping[str, str] = field(default_factory=dict)
+    corrected: Mapping[str, str] = field(default_factory=dict)
     rounding: str | None = None
 
 
@@ -79,8 +79,8 @@ def noted_in(export: Path) -> Noted:
         record = json.loads(file.read_bytes())
         recorded = record["calibrated_experts"]
         experts = {name: {int(e): str(digest) for e, digest in digests.items()} for name, digests in recorded.items()}
-        biases = {name: str(digest) for name, digest in record["corrected_biases"].items()}
-        return Noted(experts, biases, record.get("rounding"))
+        corrected = {name: str(digest) for name, digest in record["corrected_tensors"].items()}
+        return Noted(experts, corrected, record.get("rounding"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged: export again") from error
 

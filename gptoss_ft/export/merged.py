@@ -5,7 +5,7 @@ layout stores experts transposed.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gptoss_ft.export.deltas import LowRankDelta
+from gptoss_ft.export.gguf_layout import through_q8_0
 from gptoss_ft.kernels.codec import quantize_mxfp4
 from gptoss_ft.kernels.dispatch import dequantize_mxfp4, merge_bf16, merge_mxfp4, merge_mxfp4_dithered
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
@@ -57,10 +58,13 @@ class Rounded(NamedTuple):
 
 
 class Calibrate(Protocol):
-    """How to round experts for their inputs."""
+    """How to round experts for their inputs, and what to correct for that."""
 
     def __call__(self, name: str, expert: int, update: PackedUpdate, pool: ThreadPoolExecutor) -> Rounded | None:
         """An expert of the stack with this HF weight name; None if it is to be rounded to nearest."""
+
+    def corrected(self, name: str) -> Tensor | None:
+        """A tensor outside the experts as it is to be written, bf16; None if it is base + update."""
 
     def written(self, name: str, expert: int, rounded: Rounded) -> None:
         """Told of every expert with an update, however it was rounded, before the next one is asked for."""
@@ -70,10 +74,12 @@ class MergedWeights:
     """The tensors of base + updates, for as long as `pool` runs; `updates` grows as they are produced.
 
     Args:
-        calibrate: asked for every expert of a packed base that has an update, in the order of the layers; without it
-            and where it says None, MXFP4 numbers are rounded to nearest, but for `dithered` and `merged_training`.
+        calibrate: asked for every expert of a packed base that has an update and for every tensor of attention, in the
+            order of the layers; without it and where it says None, MXFP4 numbers are rounded to nearest, but for
+            `dithered` and `merged_training`.
         dithered: updated experts of a packed base are rounded to MXFP4 by `merge_mxfp4_dithered`.
         merged_training: so they are in the bf16 layout too, as training through the merge saw them.
+        q8_0: HF names of the weights that the file will hold in ggml's 8 bits.
 
     Attributes:
         updates: by HF weight name, over the experts that have an update, how it compares with what was written;
@@ -81,6 +87,7 @@ class MergedWeights:
         num_calibrated, num_nearest: experts of packed stacks that were rounded for their inputs and to nearest.
         calibrated: `packed_digest` of the former by HF weight name and expert.
         biases: the experts' biases [E, O] that differ from the base's, by HF name.
+        corrected: `tensor_digest` by HF name of what was corrected outside the experts, in 8 bits if it is written so.
     """
 
     def __init__(
@@ -92,9 +99,11 @@ class MergedWeights:
         *,
         dithered: bool = False,
         merged_training: bool = False,
+        q8_0: Collection[str] = (),
     ) -> None:
         self.base = base
         self.dithered = dithered or merged_training
+        self.q8_0 = q8_0
         self.merged_training = merged_training
         self.deltas = deltas
         self.pool = pool
@@ -102,13 +111,15 @@ class MergedWeights:
         self.num_calibrated = self.num_nearest = 0
         self.calibrated: dict[str, dict[int, str]] = {}
         self.biases: dict[str, Tensor] = {}
+        self.corrected: dict[str, str] = {}
         self.packed = base.layout != "bf16"
         self.updates: dict[str, UpdateStats] = {}
 
     def is_copied(self, name: str) -> bool:
-        """Whether the base holds an HF tensor as it is written; of biases known once their experts are."""
+        """Whether the base holds an HF tensor as it is written; known once corrected ones are."""
         weight = name.removesuffix("_blocks").removesuffix("_scales")
-        return weight not in self.deltas and name in self.base.tensor_specs() and name not in self.biases
+        is_corrected = name in self.biases or name in self.corrected
+        return weight not in self.deltas and name in self.base.tensor_specs() and not is_corrected
 
     def entries(self, layout: Layout) -> Iterator[Entry]:
         """Every tensor of a checkpoint in `layout`, ready for `write_shards`."""
@@ -119,7 +130,7 @@ class MergedWeights:
             return
         for name, tensor in self.base.spec.tensors(layout).items():
             weight = name.removesuffix("_blocks")
-            if self.calibrate and name.endswith("_bias"):
+            if self.calibrate and (name.endswith("_bias") or ".self_attn." in name):
                 yield name, tensor, partial(self.linear, name)
             elif self.is_copied(name):
                 yield name, tensor, partial(self.base.copy, name)
@@ -140,14 +151,20 @@ class MergedWeights:
             yield self.biases[name]
             return
         delta = self.deltas.get(name)
-        if delta is None:
+        corrected = self.calibrate.corrected(name) if self.calibrate else None
+        if corrected is not None:
+            self.corrected[name] = tensor_digest(through_q8_0(corrected) if name in self.q8_0 else corrected)
+            if delta and (factors := delta.factors()):
+                self._add_as_bf16(name, self.base.read(name), factors, delta.scaling)  # notes what it keeps
+            yield corrected
+        elif delta is None:
             num_rows = self.base.tensor_specs()[name].shape[0]
             for start in range(0, num_rows, COPY_ROWS):
                 yield self.base.read(name, start, min(start + COPY_ROWS, num_rows))
-            return
-        weight = self.base.read(name)
-        factors = delta.factors()
-        yield weight if factors is None else self._add_as_bf16(name, weight, factors, delta.scaling)
+        else:
+            weight = self.base.read(name)
+            factors = delta.factors()
+            yield weight if factors is None else self._add_as_bf16(name, weight, factors, delta.scaling)
 
     def packed_experts(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """MXFP4 blocks [O, G, 16] and scales [O, G] of each expert of a stack, the base's where it has no update."""
@@ -285,7 +302,7 @@ def packed_digest(blocks: Tensor, scales: Tensor) -> str:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """A sha256 of a bf16 tensor's bytes."""
+    """A sha256 of a tensor's bytes."""
     return sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 

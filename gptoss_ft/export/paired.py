@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from gptoss_ft.export.merged import PackedUpdate, Rounded, row_chunks, torch_threads
+from gptoss_ft.export.ridge import best_ridge
 from gptoss_ft.kernels.dispatch import dequantize_mxfp4
 from gptoss_ft.mxfp4.calibrated import CalibratedRounding, is_held_out, trial_rows
 from gptoss_ft.mxfp4.round import UpdateStats, measure_update
 
-# Added to the diagonal of the second moment of x', as a share of its mean; the best is taken.
+# See `best_ridge`.
 RIDGES = (1.0, 0.1, 0.01)
 # What decides a result beside the rounding itself, for those who keep results: raise the number when methods change.
 RULES = ("paired rounding 2", RIDGES)
@@ -74,7 +75,7 @@ class PairedRounding:
             return merged, (trained - self.trained_mean - merged) @ target_OK.T + (left - self.left_mean)
 
         inputs, missing_NO = centred(*fitted)
-        self.missing_OK = _missing_outputs((inputs, missing_NO), centred(*judges))
+        self.missing_OK = best_ridge((inputs, missing_NO), centred(*judges), RIDGES)
         rows = trial_rows(len(update.blocks))
         trial = self._wanted(update.target(rows), rows), update.blocks[rows], update.scales[rows]
         self.rounding = CalibratedRounding(inputs, trial)
@@ -114,31 +115,3 @@ class PairedRounding:
 
     def _wanted(self, target: Tensor, rows: slice | Tensor) -> Tensor:
         return target if self.missing_OK is None else target + self.missing_OK[rows]
-
-
-def _missing_outputs(fitted: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]) -> Tensor | None:
-    """A weight `[O, K]` whose outputs on x' come near those missing, from pairs of both; None where none is better.
-
-    By the ridge that is best on the pairs held out.
-    """
-    (merged_NK, missing_NO), (merged_MK, missing_MO) = fitted, held_out
-    num_inputs, num_columns = merged_NK.shape
-    # With f the inputs, fᵀ (f fᵀ + λ)⁻¹ = (fᵀ f + λ)⁻¹ fᵀ: the smaller matrix is solved for.
-    is_wide = num_columns > num_inputs
-    gram = merged_NK @ merged_NK.T if is_wide else merged_NK.T @ merged_NK
-    right = missing_NO if is_wide else merged_NK.T @ missing_NO
-    # f' fᵀ for held-out f', or f': what a solution is multiplied with to give outputs.
-    left = merged_MK @ merged_NK.T if is_wide else merged_MK
-    lowest, best = missing_MO.square().sum(), None
-    for ridge in RIDGES:
-        ridged = gram.clone()
-        ridged.diagonal().add_(
-            (ridge * merged_NK.square().sum() / num_columns).clamp_min(torch.finfo(torch.float32).tiny)
-        )
-        solution = torch.cholesky_solve(right, torch.linalg.cholesky(ridged))
-        cost = (missing_MO - left @ solution).square().sum()
-        if cost < lowest:
-            lowest, best = cost, solution
-    if best is None:
-        return None
-    return (merged_NK.T @ best if is_wide else best).T.contiguous()

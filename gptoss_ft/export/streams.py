@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from gptoss_ft.adapters.experts import ExpertsLora
+from gptoss_ft.export.absorb import corrections
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.gguf_layout import through_q8_0
 from gptoss_ft.export.layerwise import first_states
@@ -56,6 +57,10 @@ class Streams:
         deltas: its updates.
         samples: token ids of each calibration row; they are run one at a time, so there is no padding.
         q8_0: HF names of the weights outside the experts that the merged model's file holds in ggml's 8 bits.
+        layers: those whose attention is corrected, once experts were written; None stands for all.
+
+    Attributes:
+        corrected: weights and biases of the layer that was run last, as they are to be written, by HF name.
     """
 
     def __init__(
@@ -65,10 +70,12 @@ class Streams:
         deltas: Mapping[str, LowRankDelta],
         samples: Sequence[Sequence[int]],
         q8_0: Collection[str] = (),
+        layers: Collection[int] | None = None,
     ) -> None:
         model = trained.get_base_model()
         self.trained_layers, self.merged_layers = list(model.model.layers), list(load_base(base.path).model.layers)
         self.deltas, self.q8_0 = deltas, q8_0
+        self.layers = layers
         self.number = -1
         # By row: what the next layer is given, of the merged model what its experts' outputs are added to.
         self.trained, self.arguments = first_states(model, samples, torch.bfloat16)
@@ -76,8 +83,10 @@ class Streams:
         if "model.embed_tokens.weight" in q8_0:
             self.merged = [_through_q8_0(embedded) for embedded in self.trained]
         self.trained_experts, self.merged_experts = _Watched(), _Watched()
-        # Parameters of the merged layer and the data of the base's that they had.
+        # Parameters of the merged layer and the data that each change of them replaced.
         self.mapped: list[tuple[nn.Parameter, Tensor]] = []
+        self.corrected: dict[str, Tensor] = {}
+        self.is_rounded = False
 
     def advance(self) -> None:
         """Run the next layer, that of the merged model as far as to its experts."""
@@ -85,8 +94,10 @@ class Streams:
             self._close_merged()
         self.number += 1
         arguments = [by_layer[self.number] for by_layer in self.arguments]
-        self.trained = self.trained_experts.run(self.trained_layers[self.number], self.trained, arguments)
         layer = self._open_merged()
+        self._correct(layer)
+        self._narrow(layer)
+        self.trained = self.trained_experts.run(self.trained_layers[self.number], self.trained, arguments)
         experts, layer.mlp.experts = layer.mlp.experts, _NoExperts()
         self.merged = self.merged_experts.run(layer, self.merged, arguments)
         layer.mlp.experts = experts
@@ -122,6 +133,7 @@ class Streams:
     def write(self, projection: str, expert: int, rounded: Rounded) -> None:
         """What one expert of this layer is in the merged model, if not the base's."""
         experts = self.merged_layers[self.number].mlp.experts
+        self.is_rounded = True
         for part in ("blocks", "scales", "bias"):
             getattr(experts, f"{projection}_{part}").data[expert] = getattr(rounded, part)
 
@@ -131,17 +143,32 @@ class Streams:
         for name, parameter in layer.named_parameters():
             stack = prefix + name.rpartition("_")[0]
             delta = self.deltas.get(prefix + name) or self.deltas.get(stack)
-            if delta is None and prefix + name not in self.q8_0:
+            if delta is None:
                 continue
-            self.mapped.append((parameter, parameter.data))
-            factors = delta.factors() if delta and stack not in self.deltas else None
-            if delta and factors:
-                parameter.data = merge_bf16(parameter.data, factors[1], factors[0], delta.scaling)
-            else:
-                parameter.data = parameter.data.clone()
-            if prefix + name in self.q8_0:
-                parameter.data = _through_q8_0(parameter.data)
+            factors = None if stack in self.deltas else delta.factors()
+            merged = None if factors is None else merge_bf16(parameter.data, factors[1], factors[0], delta.scaling)
+            self._replace(parameter, parameter.data.clone() if merged is None else merged)
         return layer
+
+    def _correct(self, layer: nn.Module) -> None:
+        """Note what is corrected of the layer's attention, and put it in."""
+        self.corrected = {}
+        if not self.is_rounded or not (self.layers is None or self.number in self.layers):
+            return
+        found = corrections(self.trained_layers[self.number], layer, self.trained, self.merged)
+        for name, values in found.items():
+            self.corrected[f"model.layers.{self.number}.{name}"] = values
+            self._replace(layer.get_parameter(name), values)
+
+    def _narrow(self, layer: nn.Module) -> None:
+        """Leave of the layer's weights what the merged model's file does."""
+        for name, parameter in layer.named_parameters():
+            if f"model.layers.{self.number}.{name}" in self.q8_0:
+                self._replace(parameter, _through_q8_0(parameter.data))
+
+    def _replace(self, parameter: nn.Parameter, data: Tensor) -> None:
+        self.mapped.append((parameter, parameter.data))
+        parameter.data = data
 
     def _close_merged(self) -> None:
         """Run this layer's experts, as they have been written."""
@@ -149,7 +176,7 @@ class Streams:
             out_TH = self.merged_layers[self.number].mlp.experts(*self.merged_experts.joined())
         sizes = [hidden.shape[1] for hidden in self.merged]
         self.merged = [hidden + out[None] for hidden, out in zip(self.merged, out_TH.split(sizes), strict=True)]
-        for parameter, data in self.mapped:
+        for parameter, data in reversed(self.mapped):
             parameter.data = data
         self.mapped.clear()
 

@@ -24,7 +24,7 @@ SAME_MODEL_P95 = 1e-4
 # and the others at a quarter of one; 0.19 was seen. A swapped row is off by 1.4, a zeroed scale by 1.
 # ggml's 8 bits: half a step of amax / 127 for each of 32, on top of bf16. An adapter's factors may have been rescaled,
 # in fp32, on the way: their product counts. A rounding for inputs puts up with any error of a block that its neighbours
-# make good; what it wrote, biases included, is known by its hash instead.
+# make good; what it wrote and corrected is known by its hash instead.
 WEIGHT_BOUNDS: dict[Kind, float] = {
     "copied": 0.0,
     "update": 1e-5,
@@ -34,7 +34,7 @@ WEIGHT_BOUNDS: dict[Kind, float] = {
     "dithered": 0.0,
     "merged": 0.0,
     "calibrated": inf,
-    "bias": inf,
+    "corrected": inf,
 }
 
 # bf16 arithmetic, in which servers run these models, moves logits by 0.8 % of their spread; weights rounded to bf16

@@ -167,7 +167,7 @@ def check_weights(
             noted.experts,
             dithered=noted.rounding == DITHER_RULE,
             merged_training=merged_training,
-            biases=noted.biases,
+            corrected=noted.corrected,
         )
         if isinstance(contents, Checkpoint | GgufModel)
         else delta_distances(deltas, contents)

@@ -22,7 +22,7 @@ from gptoss_ft.model.checkpoint import Checkpoint
 
 CHUNK_ROWS = 4096
 
-Kind = Literal["copied", "update", "bf16", "q8_0", "mxfp4", "dithered", "merged", "calibrated", "bias"]
+Kind = Literal["copied", "update", "bf16", "q8_0", "mxfp4", "dithered", "merged", "calibrated", "corrected"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def checkpoint_distances(
     *,
     dithered: bool = False,
     merged_training: bool = False,
-    biases: Mapping[str, str] | None = None,
+    corrected: Mapping[str, str] | None = None,
 ) -> Iterator[WeightDistance]:
     """How far every tensor of a merged model is from base + deltas, experts one by one.
 
@@ -64,7 +64,7 @@ def checkpoint_distances(
         merged_training: base + deltas is what training through the merge computed with, rounded as it was there.
         calibrated: `packed_digest` by name and expert of those that were rounded for their inputs, where a block may be
             far from its target on purpose.
-        biases: `tensor_digest` by name of experts' biases that were corrected.
+        corrected: `tensor_digest` by name of other tensors that were changed for the sake of outputs.
     """
     rounded = export.rounded if isinstance(export, GgufModel) else set()
     for name, tensor in base.spec.tensors("bf16").items():
@@ -86,12 +86,14 @@ def checkpoint_distances(
                 else:
                     packed = (export.read(f"{name}_{part}", expert, expert + 1)[0] for part in ("blocks", "scales"))
                     yield WeightDistance(name, "calibrated", worst, expert, packed_digest(*packed) != wanted_digest)
-        elif wanted_digest := (biases or {}).get(name):
-            found_EO = export.read(name)
-            # GGUF holds them in fp32, where damage may be too small for bf16 to show.
-            is_bf16 = torch.equal(found_EO.float(), found_EO.bfloat16().float())
-            altered = not is_bf16 or tensor_digest(found_EO.bfloat16()) != wanted_digest
-            yield WeightDistance(name, "bias", worst_block(base.read(name), found_EO), altered=altered)
+        elif wanted_digest := (corrected or {}).get(name):
+            found = export.read(name)
+            worst = worst_block(base.read(name), found)
+            if name not in rounded:
+                # GGUF gives them in fp32, where damage may be too small for bf16 to show.
+                is_bf16 = torch.equal(found.float(), found.bfloat16().float())
+                found = found.bfloat16() if is_bf16 else found
+            yield WeightDistance(name, "corrected", worst, altered=tensor_digest(found) != wanted_digest)
         elif merged_training and name not in rounded and delta and (factors := delta.factors()):
             target_OK = merge_bf16(base.read(name), factors[1], factors[0], delta.scaling)
             yield WeightDistance(name, "merged", worst_block(target_OK, export.read(name)))

@@ -278,7 +278,15 @@ def test_one_flipped_sign_in_a_copied_expert_fails(tmp_path):
 
 
 class OneExpert:
-    """A calibration that makes all numbers and the bias of one expert one."""
+    """A calibration that makes all numbers and the bias of one expert one, and changes a weight of attention."""
+
+    corrected_weight = "model.layers.1.self_attn.k_proj.weight"
+
+    def __init__(self, base):
+        self.base = base
+
+    def corrected(self, name):
+        return self.base.read(name) + 0.5 if name == self.corrected_weight else None
 
     def __call__(self, name, expert, update, _):
         if (name, expert) != (gate_up(), 2):
@@ -293,35 +301,43 @@ def test_calibrated_experts_are_known_by_what_was_written(wide, tmp_path):
     """No block is near its target, and still one changed code or bias is found."""
     base = Checkpoint.open(wide.base)
     deltas, out = read_adapter(wide.adapter, base.spec), tmp_path / "mxfp4"
-    report = merge(base, deltas, out, format="mxfp4", calibrate=OneExpert(), progress=False)
+    calibrate, key = OneExpert(base), OneExpert.corrected_weight
+    report = merge(base, deltas, out, format="mxfp4", calibrate=calibrate, progress=False)
     assert list(report.calibrated) == [gate_up()] and list(report.calibrated[gate_up()]) == [2]
     bias = f"{gate_up()}_bias"
     written, before = (checkpoint.tensor(bias) for checkpoint in (Checkpoint.open(out), base))
     assert torch.equal(written[2], before[2] + 1) and torch.equal(written[:2], before[:2])
     # Nothing says that these are so on purpose.
-    assert [d.place for d in wide.verify(out).weights.outside] == [f"{gate_up()}, expert 2", bias]
+    assert {d.place for d in wide.verify(out).weights.outside} == {f"{gate_up()}, expert 2", bias, key}
     (out / "merge.json").write_text(json.dumps(report.to_dict()))
     verified = wide.verify(out)
     assert not verified.weights.outside and verified.weights.worst["calibrated"].worst > 0.4
     assert "known by hash" in str(verified)
 
-    for number, (name, damage) in enumerate([(f"{gate_up()}_blocks", 1), (bias, 2**-6)]):
+    for number, (name, damage) in enumerate([(f"{gate_up()}_blocks", 1), (bias, 2**-6), (key, 2**-6)]):
 
         def change(tensors, name=name, damage=damage):
             flat = tensors[name][2].view(-1)
-            flat[0] = flat[0] ^ damage if name != bias else flat[0] + damage
+            flat[0] = flat[0] ^ damage if name.endswith("_blocks") else flat[0] + damage
 
         altered = wide.verify(damaged({"mxfp4": out}, "mxfp4", change, tmp_path / f"damaged{number}"))
         assert "merge.json has another hash of what was written" in altered.failures[0]
 
     # The other formats hold the same.
-    for format in ("original", "gguf"):
-        again = merge(base, deltas, tmp_path / format, format=format, calibrate=OneExpert(), progress=False)
-        assert (again.calibrated, again.biases) == (report.calibrated, report.biases)
+    for format in ("original", "gguf", "gguf_q8_0"):
+        again = merge(base, deltas, tmp_path / format, format=format, calibrate=calibrate, progress=False)
+        assert again.calibrated == report.calibrated and again.corrected.keys() == report.corrected.keys()
+        # In 8 bits it is another one.
+        assert (again.corrected == report.corrected) == (format != "gguf_q8_0")
         _, contents = open_export(base, tmp_path / format)
-        noted = noted_in(out)
+        noted = Noted(noted_in(out).experts, again.corrected)
         assert not check_weights(base, wide.adapter, contents, noted).outside
-        assert bias in [w.place for w in check_weights(base, wide.adapter, contents, Noted(noted.experts)).outside]
+        outside = [w.place for w in check_weights(base, wide.adapter, contents, Noted(noted.experts)).outside]
+        assert bias in outside and key in outside
+    flip_byte(tmp_path / "gguf_q8_0" / "model.gguf", "blk.1.attn_k.weight", 3)
+    _, contents = open_export(base, tmp_path / "gguf_q8_0")
+    assert [w.place for w in check_weights(base, wide.adapter, contents, noted).outside] == [key]
+    noted = noted_in(out)
     # GGUF's are fp32: one that is not what bf16 can hold was not written so.
     flip_byte(tmp_path / "gguf" / "model.gguf", "blk.1.ffn_gate_exps.bias", 0)
     _, contents = open_export(base, tmp_path / "gguf")

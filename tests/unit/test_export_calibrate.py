@@ -14,7 +14,7 @@ from gptoss_ft.export.calibrate import Calibration, Progress
 from gptoss_ft.export.gguf_layout import q8_0_weights, through_q8_0
 from gptoss_ft.export.journal import Journal, digest, remove_journals
 from gptoss_ft.export.merge import merge
-from gptoss_ft.export.merged import PackedUpdate, Rounded, row_workers
+from gptoss_ft.export.merged import PackedUpdate, Rounded, row_workers, tensor_digest
 from gptoss_ft.export.streams import Streams
 from gptoss_ft.kernels.reference import clamped_swiglu, dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
@@ -83,6 +83,9 @@ def test_the_inputs_are_those_of_two_whole_forward_passes(trained, paired, sampl
     streams, recorded = Streams(trained, base, deltas, samples, q8_0), []
     for layer in merged.model.layers:
         streams.advance()
+        # What was corrected belongs to the merged model.
+        for name, values in streams.corrected.items():
+            merged.get_parameter(name).data = through_q8_0(values).bfloat16() if name in q8_0 else values
         inputs = {"gate_up_proj": streams.inputs("gate_up_proj")}
         for projection in PROJECTIONS:
             parts = [getattr(layer.mlp.experts, f"{projection}_{part}") for part in ("blocks", "scales", "bias")]
@@ -274,10 +277,13 @@ def test_calibrated_outputs_are_nearer_to_the_trained_model(trained, small_bases
         reports[rounding] = merge(base, deltas, out, format="mxfp4", calibrate=calibrate, progress=False)
         distances[rounding] = (outputs(load_base(out), samples) - wanted).norm()
         merged = Checkpoint.open(out)
-        biases = [name for name in base.spec.tensors() if name.endswith("_bias")]
-        changed = [name for name in biases if not torch.equal(merged.tensor(name), base.tensor(name))]
-        assert changed == (biases if rounding == "calibrated" else [])
-        assert changed == list(reports[rounding].biases)
+        dense = [name for name in base.spec.tensors() if not name.endswith(("_blocks", "_scales"))]
+        changed = [name for name in dense if not torch.equal(merged.tensor(name), base.tensor(name))]
+        assert sorted(changed) == sorted(reports[rounding].corrected)
+        attention = {f"model.layers.1.self_attn.{name}_proj.{part}" for name in "qkv" for part in ("weight", "bias")}
+        biases = {name for name in dense if name.endswith("_bias")}
+        assert set(changed) == (biases | attention if rounding == "calibrated" else set())
+        assert {name: tensor_digest(merged.tensor(name)) for name in changed} == reports[rounding].corrected
         for layer in range(base.spec.num_hidden_layers):
             for part in (f"{name}_{part}" for name in PROJECTIONS for part in ("blocks", "scales", "bias")):
                 name = f"model.layers.{layer}.mlp.experts.{part}"
@@ -289,3 +295,23 @@ def test_calibrated_outputs_are_nearer_to_the_trained_model(trained, small_bases
     assert report.to_dict()["overall"]["output_error"] < 0.6
     assert reports["nearest"].to_dict()["overall"]["output_error"] is None
     assert all(stats.output_error for stats in report.updates.values())
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "gguf_q8_0"])
+def test_a_merge_that_goes_on_where_another_stopped_writes_the_same(trained, paired, samples, format, tmp_path):
+    base, deltas = paired
+    journal = Journal(tmp_path / "out", "a" * 64)
+    q8_0 = q8_0_weights(base.spec, format)
+
+    def merged(name):
+        calibrate = Calibration(trained, base, deltas, samples, journal=journal, q8_0=q8_0)
+        report = merge(base, deltas, tmp_path / name, format=format, calibrate=calibrate, progress=False)
+        return report, {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+
+    first, files = merged("first")
+    assert "model.layers.1.self_attn.v_proj.weight" in first.corrected
+    noted = sorted(journal.folder.iterdir())
+    for file in noted[len(noted) // 2 :]:
+        file.unlink()
+    again, files_again = merged("again")
+    assert again == first and files_again == files

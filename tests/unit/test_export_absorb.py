@@ -1,0 +1,88 @@
+"""Corrections of a layer's queries, keys and values for what the layers before it left."""
+
+import pytest
+import torch
+from torch import nn
+
+from gptoss_ft.export.absorb import corrections
+from gptoss_ft.export.ridge import best_ridge
+
+H, O, T = 48, 32, 40
+PARTS = {f"self_attn.{name}_proj.{part}" for name in "qkv" for part in ("weight", "bias")}
+
+
+def layer():
+    torch.manual_seed(0)
+    found = nn.Module()
+    found.input_layernorm, found.self_attn = nn.Identity(), nn.Module()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        found.self_attn.add_module(name, nn.Linear(H, O).bfloat16())
+    return found
+
+
+@pytest.fixture
+def draw():
+    """A function that draws so many rows of both models, `[1, T, H]` each; part of the difference can be told."""
+    generator = torch.Generator().manual_seed(0)
+    apart, shift = 0.2 * torch.randn(H, H, generator=generator) * H**-0.5, 0.1 * torch.randn(H, generator=generator)
+
+    def draw(num_rows, told=1.0):
+        trained = [torch.randn(1, T, H, generator=generator) for _ in range(num_rows)]
+        noise = [0.05 * torch.randn(1, T, H, generator=generator) for _ in range(num_rows)]
+        merged = [x + told * (x @ apart + shift) + e for x, e in zip(trained, noise, strict=True)]
+        return [x.bfloat16() for x in trained], [x.bfloat16() for x in merged]
+
+    return draw
+
+
+def missing(trained, merged, rows):
+    x, x_merged = (torch.cat(parts, 1)[0] for parts in rows)
+    with torch.no_grad():
+        return float((trained.self_attn.k_proj(x).double() - merged.self_attn.k_proj(x_merged).double()).norm())
+
+
+# Fewer and more tokens than columns.
+@pytest.mark.parametrize("num_rows", [2, 30])
+def test_what_inputs_tell_of_the_difference_is_made_good(draw, num_rows):
+    trained, merged = layer(), layer()
+    fresh = draw(50)
+    before = missing(trained, merged, fresh)
+    found = corrections(trained, merged, *draw(num_rows))
+    assert found.keys() == PARTS
+    for name, values in found.items():
+        assert values.dtype == torch.bfloat16
+        merged.get_parameter(name).data = values
+    assert missing(trained, merged, fresh) < (0.9 if num_rows == 2 else 0.4) * before
+
+
+def test_what_cannot_be_told_or_judged_stays(draw):
+    trained, merged = layer(), layer()
+    # Differences of each token alone: what is fitted to some tells nothing of others.
+    fresh = draw(50, told=0.0)
+    before = missing(trained, merged, fresh)
+    for name, values in corrections(trained, merged, *draw(6, told=0.0)).items():
+        merged.get_parameter(name).data = values
+    assert missing(trained, merged, fresh) < 1.005 * before
+    assert corrections(trained, merged, *draw(1)) == {}
+    same, _ = draw(10)
+    assert corrections(trained, merged, same, same) == {}
+
+
+@pytest.mark.parametrize("num_inputs", [20, 100])
+def test_the_ridge_is_the_one_of_the_normal_equations(num_inputs):
+    generator = torch.Generator().manual_seed(1)
+
+    def pair(rows):
+        inputs = torch.randn(rows, H, generator=generator)
+        return inputs, inputs[:, :O] + 0.1 * torch.randn(rows, O, generator=generator)
+
+    fitted, held_out = pair(num_inputs), pair(50)
+    inputs, outputs = (part.double() for part in fitted)
+    wanted = {}
+    for ridge in (3.0, 0.3, 0.03):
+        gram = inputs.T @ inputs
+        wanted[ridge] = torch.linalg.solve(gram + ridge * gram.trace() / H * torch.eye(H), inputs.T @ outputs).T
+    best = min(wanted.values(), key=lambda weight: float((held_out[1] - held_out[0] @ weight.float().T).norm()))
+    found = best_ridge(fitted, held_out, (3.0, 0.3, 0.03))
+    torch.testing.assert_close(found, best.float(), rtol=1e-3, atol=1e-4)
+    assert best_ridge(fitted, (held_out[0], -held_out[1]), (3.0,)) is None
