@@ -13,11 +13,13 @@ the same initial numbers. Every model is run on all held-out rows, in fp32:
     calibrated    for what the experts see of --tokens tokens of the training rows
     merge_aware   the second kind of training, merged: its trained model, so that it is 0 nats from that
 
-With --ablation also what calibrated rounding is made of:
+With --ablation also what calibrated rounding is made of, each with all before it:
 
-    rounding      of the inputs in the trained model, biases left as they are
-    +feedback     of the inputs in the merged model, where all layers before are rounded, and of what they miss
-    +biases       of the inputs in the trained model, and biases that take up the mean of what is missing
+    rounding      experts, for the inputs of the trained model
+    +biases       theirs take up the mean of what is missing
+    +feedback     for the inputs of the merged model, where all layers before are rounded, and what these miss
+    +layer        down_proj makes good what else its layer's output lacks
+    calibrated    queries, keys and values are corrected too
 
 Loss is in nats for each token that carries some. KL is from the trained model of the first kind, mean and median over
 one in four of these tokens in one in four rows, and `same_top` how often the most likely ones agree there. `update` is
@@ -30,7 +32,9 @@ import json
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +61,8 @@ from gptoss_ft.training.run_folder import RunFolder
 COLUMNS = ("loss", "mean_kl", "median_kl", "same_top")
 # Of rows, and of their tokens that carry loss, one in so many is compared: logits of one are 0.8 MB, and fp64 is slow.
 KL_STEP = 4
-# Whether what the layers before left undone is made good, and the mean of the rest by biases.
-ABLATION = {"rounding": (False, False), "+feedback": (True, False), "+biases": (False, True)}
+# What calibrated rounding has beside the rounding of weights, in the order in which `--ablation` adds it.
+ABLATION = ("rounding", "+biases", "+feedback", "+layer")
 
 
 def main() -> None:
@@ -91,7 +95,7 @@ def main() -> None:
         print(json.dumps({**settings, "results": results}))
 
 
-def compare(work: Path, rate: str, args: argparse.Namespace) -> dict[str, object]:
+def compare(work: Path, rate: str, args: argparse.Namespace) -> dict[str, Any]:
     """Both trainings at one learning rate, and all models that come of them."""
     base_path = args.base or work / "base"
 
@@ -141,19 +145,22 @@ def models_of(
 
 
 class InPart(Calibration):
-    """Calibrated rounding without what the two switches stand for, see `ABLATION`."""
+    """Calibrated rounding as far as one of `ABLATION`."""
 
-    def __init__(self, *arguments: object, feedback: bool, biases: bool) -> None:
+    def __init__(self, *arguments: object, way: str) -> None:
         super().__init__(*arguments)  # type: ignore[arg-type]
-        self.keeps_biases = not biases
-        if not feedback:
-            paired = self.streams.inputs
+        parts = ABLATION[: ABLATION.index(way) + 1]
+        self.keeps_biases = "+biases" not in parts
+        # No layer's attention.
+        self.streams.layers = ()
+        whole = self.streams.inputs
 
-            def trained_alone(projection: str) -> PairedInputs:
-                found = paired(projection)
-                return PairedInputs(found.trained, found.trained, found.ends_E)
+        def inputs(projection: str) -> PairedInputs:
+            found = whole(projection)
+            merged = found.merged if "+feedback" in parts else found.trained
+            return replace(found, merged=merged, left=found.left if "+layer" in parts else None)
 
-            self.streams.inputs = trained_alone  # type: ignore[method-assign]
+        self.streams.inputs = inputs  # type: ignore[method-assign]
 
     def __call__(self, name: str, expert: int, update: PackedUpdate, pool: ThreadPoolExecutor) -> Rounded | None:
         """As `Calibration` rounds it, but for the bias."""
@@ -166,9 +173,7 @@ def merge_in_part(run: Path, merged: Path, cfg: TrainConfig, way: str, num_token
     base = Checkpoint.open(cfg.model.path)
     deltas = read_adapter(run / "adapter", base.spec)
     model, _ = load_adapter(load_base(base.path), run / "adapter")
-    feedback, biases = ABLATION[way]
-    samples = calibration_samples(cfg, num_tokens)
-    calibrate = InPart(model, base, deltas, samples, feedback=feedback, biases=biases)
+    calibrate = InPart(model, base, deltas, calibration_samples(cfg, num_tokens), way=way)
     merge(base, deltas, merged / way, format="mxfp4", calibrate=calibrate)
     return merged / way
 

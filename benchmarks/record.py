@@ -54,7 +54,8 @@ def main() -> None:
     metrics = json.loads(last)
     if bounds := metrics.pop("bounds", []):
         raise SystemExit(f"no results but bounds: {', '.join(bounds)}; run again with a higher --limit")
-    append(" ".join(command[:-1]), metrics)
+    # Where this machine keeps its files says nothing to others.
+    append(" ".join(Path(word).name if Path(word).is_absolute() else word for word in command[:-1]), metrics)
 
 
 def append(command: str, metrics: dict[str, float]) -> None:
