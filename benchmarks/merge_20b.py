@@ -33,6 +33,7 @@ from gptoss_ft.adapters.save import load_adapter, save_adapter
 from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.calibrate import Calibration
 from gptoss_ft.export.deltas import LowRankDelta
+from gptoss_ft.export.gguf_layout import q8_0_weights
 from gptoss_ft.export.gguf_read import GgufModel
 from gptoss_ft.export.merge import MergeFormat, merge
 from gptoss_ft.export.verify import open_export
@@ -95,7 +96,7 @@ def measure(
         if num_updated is not None:
             deltas = {name: delta for name, delta in deltas.items() if int(name.split(".")[2]) < num_updated}
         start = time.perf_counter()
-        calibrate = calibration(checkpoint, adapter, deltas, num_tokens) if num_tokens else None
+        calibrate = calibration(checkpoint, adapter, deltas, format, num_tokens) if num_tokens else None
         try:
             report = merge(checkpoint, deltas, out, format=format, calibrate=calibrate)
             seconds = time.perf_counter() - start
@@ -141,10 +142,13 @@ def check_the_rest(base: Checkpoint, out: Path, changed: Collection[str]) -> int
     return num_same
 
 
-def calibration(base: Checkpoint, adapter: Path, deltas: Mapping[str, LowRankDelta], num_tokens: int) -> Calibration:
+def calibration(
+    base: Checkpoint, adapter: Path, deltas: Mapping[str, LowRankDelta], format: MergeFormat, num_tokens: int
+) -> Calibration:
     model, _ = load_adapter(load_base(base.path), adapter)
     ids = torch.randint(model.config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0))
-    return Calibration(model, base, deltas, [row.tolist() for row in ids.split(ROW_TOKENS)])
+    samples = [row.tolist() for row in ids.split(ROW_TOKENS)]
+    return Calibration(model, base, deltas, samples, q8_0=q8_0_weights(base.spec, format))
 
 
 if __name__ == "__main__":

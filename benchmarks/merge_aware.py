@@ -91,7 +91,8 @@ def main() -> None:
             for way, numbers in found["models"].items():
                 print(f"{way:12}" + "".join(f"{numbers[column]:11.4g}" for column in COLUMNS), flush=True)
     if args.json:
-        settings = {name: getattr(args, name) for name in ("steps", "targets", "tokens", "seed")}
+        settings = {name: getattr(args, name) for name in ("steps", "targets", "tokens", "seed", "ablation")}
+        settings["base"] = args.base and args.base.name
         print(json.dumps({**settings, "results": results}))
 
 

@@ -67,7 +67,9 @@ def layer_output(
     alpha: float,
     limit: float,
 ) -> Tensor:
-    """`reference.layer_output` of what `refusal` lets pass, with the bits of the separate operations.
+    """`reference.layer_output` of what `refusal` lets pass.
+
+    Of experts with equal logits the first ones are chosen; torch promises no order of them.
 
     Raises:
         ValueError: if shapes do not fit together, or there are fewer experts than are to be chosen.

@@ -81,6 +81,8 @@ def digest_in(loaded: ctypes.CDLL) -> str:
 def digest_of(folder: Path) -> str:
     """SHA-256 of the names and contents of sources, as cpu/CMakeLists.txt computes it."""
     names = sorted(path.name for pattern in ("*.cpp", "*.h", "CMakeLists.txt") for path in folder.glob(pattern))
+    # Editors keep files of their own beside these.
+    names = [name for name in names if not name.startswith(".")]
     lines = [f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n" for name in names]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

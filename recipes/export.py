@@ -29,7 +29,7 @@ from gptoss_ft.export.merge_record import adapter_digest, as_table, effect_note,
 from gptoss_ft.export.paired import RULES as PAIRED_RULES
 from gptoss_ft.export.sglang_adapter import export_adapter_sglang
 from gptoss_ft.export.stored_model import Stored
-from gptoss_ft.export.verdict import CURES, fidelity_fault
+from gptoss_ft.export.verdict import CURES, MERGED_TRAINING_CURE, fidelity_fault
 from gptoss_ft.export.verify import open_export
 from gptoss_ft.export.vllm_adapter import export_adapter_vllm, max_lora_rank
 from gptoss_ft.files import refuse_existing, refuse_other_writers, write_whole
@@ -173,8 +173,9 @@ def export_run(
         write_json(file, record)
         write_whole(file.with_suffix(".txt"), as_table(report, fidelity))
         if fault:
+            cure = MERGED_TRAINING_CURE if cfg.adapter.qat else CURES[format]
             raise UserError(
-                f"{out} was not written, {fault}: {CURES[format]}; or take the files as they are from {place}, "
+                f"{out} was not written, {fault}: {cure}; or take the files as they are from {place}, "
                 "where they were left (min_fidelity=0 writes them to their place)" + _of_journal(calibrate)
             )
 

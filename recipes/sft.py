@@ -1,6 +1,7 @@
 """Supervised fine-tuning with LoRA: rows and a checkpoint in, an adapter and proven exports out."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -48,6 +49,7 @@ from gptoss_ft.training.run_folder import RunFolder, checkpoint_steps, write_jso
 from gptoss_ft.training.trackers import trackers_in
 from gptoss_ft.training.trainer import SftTrainer
 
+GLOO_PAUSE_S = 0.5
 # What adapts a base model, by the adapter section and a seed for the initial weights.
 Attach = Callable[[GptOssForCausalLM, AdapterConfig, int], PeftModel]
 
@@ -83,6 +85,10 @@ def run_training(cfg: TrainConfig, attach: Attach) -> Path:
         train(trainer, resume_from)
         after = trainer.evaluate() if eval_set else {}
 
+    if state.num_processes > 1:
+        # gloo's thread needs the GIL to let go of the last tensors that it added up, and the end of the group, which
+        # holds the GIL, waits for that thread: without a pause the two can wait for each other for ever.
+        time.sleep(GLOO_PAUSE_S)
     # The rest is the main process's alone; verify's reference implementation would split a model over a group.
     state.destroy_process_group()
     if state.is_main_process:

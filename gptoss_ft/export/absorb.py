@@ -55,7 +55,10 @@ def corrections(
 
 
 def _fit(inputs_TH: Tensor, missing_TO: Tensor, held_out_T: Tensor) -> dict[str, Tensor]:
-    """What to add to the weight `[O, H]` and the bias `[O]`; nothing where neither helps what is held out."""
+    """What to add to the weight `[O, H]` and the bias `[O]`; nothing where neither helps what is held out,
+    or where inputs or outputs are no numbers."""
+    if not (inputs_TH.isfinite().all() and missing_TO.isfinite().all()):
+        return {}
     fitted_T = ~held_out_T
     mean_H, mean_O = inputs_TH[fitted_T].mean(0), missing_TO[fitted_T].mean(0)
     inputs_TH, centred_TO = inputs_TH - mean_H, missing_TO - mean_O
@@ -65,7 +68,7 @@ def _fit(inputs_TH: Tensor, missing_TO: Tensor, held_out_T: Tensor) -> dict[str,
     left_TO = centred_TO[held_out_T]
     if weight_OH is not None:
         left_TO = left_TO - inputs_TH[held_out_T] @ weight_OH.T
-    if left_TO.square().sum() >= missing_TO[held_out_T].square().sum():
+    if not left_TO.square().sum() < missing_TO[held_out_T].square().sum():
         return {}
     if weight_OH is None:
         return {"bias": mean_O}

@@ -54,6 +54,8 @@ class Calibration:
         self.has_experts = any(_WEIGHT.fullmatch(name) for name in deltas)
         # Of one projection, by its weight name.
         self.inputs: dict[str, PairedInputs] = {}
+        # Corrected ones of attention, by HF name: a few KB a layer.
+        self.biases: dict[str, Tensor] = {}
         self.layers, self.experts = layers, experts
         self.last_layer = max(layers) if layers else base.spec.num_hidden_layers - 1
         self.journal = journal
@@ -103,7 +105,11 @@ class Calibration:
         match = _CORRECTED.fullmatch(name)
         if match is None or not self.has_experts:
             return None
-        self._run_to(int(match["layer"]))
+        layer = int(match["layer"])
+        # Files have tensors of odd sizes, as biases may be, behind those of later layers.
+        if name.endswith(".bias") and layer < self.streams.number:
+            return self.biases.get(name)
+        self._run_to(layer)
         return self.streams.corrected.get(name)
 
     def _reach(self, name: str) -> tuple[int, str]:
@@ -123,6 +129,7 @@ class Calibration:
             started = perf_counter()
             with torch_threads(self.num_threads):
                 self.streams.advance()
+            self.biases |= {name: b for name, b in self.streams.corrected.items() if name.endswith(".bias")}
             self.progress.seconds_per_layer = perf_counter() - started
 
 

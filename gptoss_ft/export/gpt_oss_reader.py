@@ -63,7 +63,7 @@ def open_with_gpt_oss(folder: Path) -> LayerByLayer:
     def open_head() -> Callable[[Tensor], Tensor]:
         return nn.Sequential(*open_ends("norm", "unembedding"))
 
-    return LayerByLayer(checkpoint.spec.num_hidden_layers, open_embedding, open_layer, open_head)
+    return LayerByLayer(checkpoint.spec, open_embedding, open_layer, open_head)
 
 
 class _Experts:

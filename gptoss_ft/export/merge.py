@@ -22,6 +22,7 @@ from gptoss_ft.model.manifest import Manifest
 from gptoss_ft.model.shards import write_shards
 from gptoss_ft.model.spec import QUANTIZATION_CONFIG, SPECS, GptOssSpec, Layout, config_as_text
 from gptoss_ft.model.tokenizer import TOKENIZER_FILES, write_tokenizer_files
+from gptoss_ft.mxfp4.calibrated import MIN_INPUTS
 from gptoss_ft.mxfp4.round import UpdateStats
 
 MergeFormat = Literal["bf16", "mxfp4", "original", "gguf", "gguf_q8_0"]
@@ -75,6 +76,13 @@ class MergeReport:
             lines.append(
                 f"{self.num_calibrated} of {self.num_calibrated + self.num_nearest} trained experts rounded for their "
                 f"inputs: on held-out ones their outputs are off by {total.output_error:.1%} of what the base's are"
+            )
+        elif self.rounding == "calibrated" and not self.num_nearest:
+            lines.append("no expert has an update: rounding=calibrated had nothing to round")
+        elif self.rounding == "calibrated":
+            lines.append(
+                f"none of {self.num_nearest} trained experts was rounded for its inputs: they are not among those "
+                f"chosen, or had fewer than {MIN_INPUTS}; raise calibration_tokens"
             )
         if num_attention := sum(".self_attn." in name for name in self.corrected):
             lines.append(

@@ -79,7 +79,9 @@ def noted_in(export: Path) -> Noted:
         record = json.loads(file.read_bytes())
         recorded = record["calibrated_experts"]
         experts = {name: {int(e): str(digest) for e, digest in digests.items()} for name, digests in recorded.items()}
-        corrected = {name: str(digest) for name, digest in record["corrected_tensors"].items()}
+        # Before attention was corrected too, the key was another.
+        digests = record["corrected_tensors"] if "corrected_tensors" in record else record["corrected_biases"]
+        corrected = {name: str(digest) for name, digest in digests.items()}
         return Noted(experts, corrected, record.get("rounding"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged: export again") from error

@@ -155,7 +155,7 @@ class MergedWeights:
         if corrected is not None:
             self.corrected[name] = tensor_digest(through_q8_0(corrected) if name in self.q8_0 else corrected)
             if delta and (factors := delta.factors()):
-                self._add_as_bf16(name, self.base.read(name), factors, delta.scaling)  # notes what it keeps
+                self._compare(name, corrected, factors, delta.scaling)
             yield corrected
         elif delta is None:
             num_rows = self.base.tensor_specs()[name].shape[0]
@@ -218,6 +218,16 @@ class MergedWeights:
 
         self._over_rows(name, weight.shape[0], add)
         return merged
+
+    def _compare(self, name: str, written: Tensor, factors: tuple[Tensor, Tensor], scaling: float) -> None:
+        """Note what a weight outside the experts keeps of its update."""
+        weight = self.base.read(name)
+
+        def measure(rows: slice) -> UpdateStats:
+            base = weight[rows].float()
+            return measure_update(base, base + _rows_of_update(factors, scaling, rows), written[rows].float())
+
+        self._over_rows(name, len(weight), measure)
 
     def _add_to_packed(
         self,

@@ -25,6 +25,8 @@ from gptoss_ft.model.spec import GptOssSpec
 # Memory that a part takes while it is opened, by parameter: bf16, fp32, and what decoding MXFP4 needs beside them. Of
 # gpt-oss-20b transformers took 6.6 and the reference implementation 6.6.
 PART_BYTES = 7
+# Memory of other programs' attention for each head, query and key: fp32, three times. 12.3 to 12.8 were seen.
+SCORE_BYTES = 12.8
 
 Rows = Sequence[tuple[Tensor, Tensor]]
 """`(input_ids_T, positions_P)` of each"""
@@ -48,22 +50,25 @@ class LayerByLayer:
         open_head: gives `hidden_PH -> logits_PV`, the last norm included.
     """
 
-    num_layers: int
+    spec: GptOssSpec
     open_embedding: Callable[[], Callable[[Tensor], Tensor]]
     open_layer: Callable[[int], Callable[[Tensor], Tensor]]
     open_head: Callable[[], Callable[[Tensor], Tensor]]
 
     @torch.no_grad()
     def __call__(self, rows: Rows, advance: Advance) -> list[Tensor]:
+        """Raises `NotRun` if memory does not suffice for the longest row."""
+        require_layer_memory(self.spec, max(len(input_ids_T) for input_ids_T, _ in rows))
+        num_layers = self.spec.num_hidden_layers
         part = self.open_embedding()
         hidden = [part(input_ids_T) for input_ids_T, _ in rows]
-        for number in range(self.num_layers):
+        for number in range(num_layers):
             # Else two layers would be in memory.
             del part
             part = self.open_layer(number)
             for row, hidden_TH in enumerate(hidden):
                 hidden[row] = part(hidden_TH)
-                advance(1 / self.num_layers)
+                advance(1 / num_layers)
         del part
         part = self.open_head()
         return [part(hidden_TH[positions_P]) for hidden_TH, (_, positions_P) in zip(hidden, rows, strict=True)]
@@ -131,11 +136,17 @@ def _widen_while_running(module: nn.Module) -> None:
     module.register_forward_hook(restore)
 
 
-def require_layer_memory(spec: GptOssSpec) -> None:
-    """Raise `NotRun` where no decoder layer, dense and widened, fits into memory, or not the head."""
+def require_layer_memory(spec: GptOssSpec, num_tokens: int = 0) -> None:
+    """Raise `NotRun` where no decoder layer, dense and widened, fits into memory, or not the head.
+
+    Args:
+        num_tokens: of the longest row, whose attention takes memory that is quadratic in them.
+    """
     outer = spec.vocab_size * spec.hidden_size
     layer = (spec.num_parameters() - 2 * outer) // spec.num_hidden_layers
-    needed, available = PART_BYTES * max(layer, outer), psutil.virtual_memory().available
+    attention = SCORE_BYTES * spec.num_attention_heads * num_tokens**2
+    needed = int(max(PART_BYTES * max(layer, outer), 4 * layer + attention))
+    available = psutil.virtual_memory().available
     if needed > available:
         raise NotRun(
             f"it needs {needed / GB:.1f} GB of memory and {available / GB:.1f} GB are free: "

@@ -91,7 +91,7 @@ def _layer_by_layer(checkpoint: Checkpoint, open_layer: Callable[[int], GptOssFo
         part = _open_part(checkpoint, NORM, HEAD)
         return lambda hidden_PH: part.lm_head(part.model.norm(hidden_PH))
 
-    return LayerByLayer(checkpoint.spec.num_hidden_layers, embedding, layer, head)
+    return LayerByLayer(checkpoint.spec, embedding, layer, head)
 
 
 def _open_part(checkpoint: Checkpoint, *names: str) -> GptOssForCausalLM:
@@ -121,7 +121,9 @@ def _open_part(checkpoint: Checkpoint, *names: str) -> GptOssForCausalLM:
             logging.enable_progress_bar()
     # transformers would go on with random weights in their place.
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        found = sorted(key for key in map(str, report[fault]) if key.startswith(tuple(f"{name}." for name in names)))
+        # Of a mismatch, the shapes follow the name.
+        keys = (key if isinstance(key, str) else key[0] for key in report[fault])
+        found = sorted(key for key in keys if key.startswith(tuple(f"{name}." for name in names)))
         if found:
             raise UserError(f"{checkpoint.path}: transformers reports {fault} {found[:3]}")
     return model.float().eval()

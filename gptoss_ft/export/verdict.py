@@ -52,10 +52,15 @@ LLAMA_CPP_NOISE = 3e-2
 EXACT_ADAPTERS = ("adapter", "adapter_sglang")
 
 SERVE_ADAPTER = "serve the adapter beside the base (format=adapter), which loses nothing"
-CALIBRATE = "try rounding=dithered or rounding=calibrated, train through the merge (adapter.qat=true)"
+CALIBRATE = (
+    "try rounding=calibrated, or rounding=dithered for updates of several per cent, train through the merge "
+    "(adapter.qat=true)"
+)
 ATTENTION = "train adapter.targets=attention, which stays bf16 in it"
 PACKED_CURE = f"{SERVE_ADAPTER}, export format=bf16, {CALIBRATE}, or {ATTENTION}"
 GGUF_CURE = f"serve the adapter beside the base (format=adapter_gguf), {CALIBRATE}, or {ATTENTION}"
+# What was trained through its rounding loses nothing in formats that hold it as it is.
+MERGED_TRAINING_CURE = "export format=mxfp4, original, gguf or bf16, which hold what was trained"
 CURES = {
     "bf16": SERVE_ADAPTER,
     "mxfp4": PACKED_CURE,

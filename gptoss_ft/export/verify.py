@@ -216,10 +216,10 @@ def read_export(
         with _bar(program, len(excerpts), progress) as bar:
             try:
                 reader = open_export()
+                logits_PV = torch.cat(list(reader(_rows(excerpts), bar.update)))
             except NotRun as reason:
                 not_run[program] = str(reason)
                 continue
-            logits_PV = torch.cat(list(reader(_rows(excerpts), bar.update)))
             del reader
         from_first = None if first_PV is None else Distances.between(first_PV, logits_PV)
         readings.append(

@@ -17,6 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssTopKRouter,
 )
 
+from gptoss_ft.kernels.cpu_mixture import MAX_ROWS as MAX_CHOICES
 from gptoss_ft.kernels.cpu_norm import MAX_ROWS
 from gptoss_ft.kernels.dispatch import attention_inputs, layer_output, linear, rms_norm
 from gptoss_ft.model.attention import ATTENTION, attention_forward
@@ -171,6 +172,8 @@ class FewRowsDecoderLayer(GptOssDecoderLayer):
         )
         if not all(_is_plain(part, kind) for part, kind in parts):
             return False
+        if hidden_states.numel() // hidden_states.shape[-1] * mlp.router.top_k > MAX_CHOICES:
+            return False
         return attention.takes(hidden_states) and _has_few_rows(hidden_states, *(part for part, _ in parts))
 
 
@@ -201,7 +204,9 @@ def _has_few_rows(x: Tensor, *modules: nn.Module) -> bool:
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether nothing would be left out if its forward were not called."""
-    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+    # accelerate's hooks replace forward on the module itself.
+    is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is kind and not is_hooked
 
 
 def _as(kind: type[nn.Module], module: nn.Module) -> nn.Module:

@@ -10,8 +10,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-# A step builds some tables in every layer and looks them up again in its backward pass; each has a few KB.
-NUM_TABLES = 512
+# A step builds some tables in every layer and looks them up again in its backward pass. Most have a few KB,
+# but those of 131,072 tokens up to 400.
+NUM_TABLES = 256
 
 
 class RowTile(Protocol):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptoss_ft.kernels.gpu import device
-from gptoss_ft.kernels.gpu.launch import on_device
+from gptoss_ft.kernels.gpu.launch import ceil_div, launch, on_device
 from gptoss_ft.kernels.merging import experts_with_rows
 from gptoss_ft.kernels.reference import MXFP4Weight
 
@@ -72,23 +72,10 @@ def _merge(
     # Of PEFT's layout, in which the expert is the fastest dimension, this is the transposition of a matrix.
     B_REO = B_EOR.permute(1, 2, 0).reshape(O, R * E).t().float().contiguous().mul(scaling)
     experts_N = on_device(adapted, A_ERI.device)
-    programs = len(adapted) * -(-O // PACKED_ROWS) * G
-    # Triton launches on the current device, which need not be that of a layer of a model spread over several.
-    with torch.cuda.device_of(A_ERI):
-        _kernels().merge_mxfp4_kernel[(programs,)](
-            *weight,
-            A_ERI.float().contiguous(),
-            B_REO,
-            experts_N,
-            *merged,
-            E,
-            R,
-            O=O,
-            G=G,
-            DITHERED=dithered,
-            O_=PACKED_ROWS,
-            enable_fp_fusion=False,
-        )
+    programs = len(adapted) * ceil_div(O, PACKED_ROWS) * G
+    arguments = (*weight, A_ERI.float().contiguous(), B_REO, experts_N, *merged, E, R)
+    constants = {"O": O, "G": G, "DITHERED": dithered, "O_": PACKED_ROWS}
+    launch(_kernels().merge_mxfp4_kernel, programs, *arguments, **constants, enable_fp_fusion=False)
     return merged
 
 
@@ -97,20 +84,10 @@ def merge_bf16(weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) ->
     merged_OI = torch.empty_like(weight_OI)
     O, I = weight_OI.shape
     B_RO = (B_OR.float() * scaling).t().contiguous()
-    programs = -(-O // DENSE_ROWS) * -(-I // DENSE_COLUMNS)
-    with torch.cuda.device_of(weight_OI):
-        _kernels().merge_bf16_kernel[(programs,)](
-            weight_OI,
-            A_RI.float().contiguous(),
-            B_RO,
-            merged_OI,
-            len(A_RI),
-            O=O,
-            I=I,
-            O_=DENSE_ROWS,
-            I_=DENSE_COLUMNS,
-            enable_fp_fusion=False,
-        )
+    programs = ceil_div(O, DENSE_ROWS) * ceil_div(I, DENSE_COLUMNS)
+    arguments = (weight_OI, A_RI.float().contiguous(), B_RO, merged_OI, len(A_RI))
+    constants = {"O": O, "I": I, "O_": DENSE_ROWS, "I_": DENSE_COLUMNS}
+    launch(_kernels().merge_bf16_kernel, programs, *arguments, **constants, enable_fp_fusion=False)
     return merged_OI
 
 

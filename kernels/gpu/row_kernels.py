@@ -26,7 +26,7 @@ def _clamp(gate, up, limit):
 def clamped_swiglu_kernel(gate_up, act, num_columns, alpha, limit, N_: tl.constexpr):
     """act = (up + 1) * gate * sigmoid(alpha * gate), clamped, for N_ of all rows' columns."""
     first = tl.program_id(0).to(tl.int64) * N_
-    gate, up = _load_gate_up(gate_up, 2 * first, num_columns * 2, N_)
+    gate, up = _load_gate_up(gate_up, 2 * first, 2 * num_columns.to(tl.int64), N_)
     gate, up = _clamp(gate, up, limit)
     value = (up + 1) * gate * tl.sigmoid(alpha * gate)
     n = first + tl.arange(0, N_)

@@ -267,7 +267,7 @@ def test_training_tells_all_layers_of_the_documents_that_it_knows(deep, ids, tol
             hidden = last_hidden_state(deep, deep, model_inputs(deep, batch))
             (gradient,) = torch.autograd.grad(hidden[batch["document_ids"] >= 0].square().sum(), embedding)
         found.append((hidden.detach(), gradient))
-        assert searches.count == 0 and len(told) == 12 if recomputed else 6
+        assert searches.count == 0 and len(told) == (12 if recomputed else 6)
         documents, tree = told[0]
         assert all(numbers is documents for numbers, _ in told)
         assert torch.equal(documents, batch["document_ids"]) and (tree is not None) == trees

@@ -75,6 +75,6 @@ def test_one_part_is_in_memory_at_a_time(small_spec, small_bases, program):
         )
         return layer
 
-    read(type(reader)(reader.num_layers, reader.open_embedding, open_layer, reader.open_head))
+    read(type(reader)(reader.spec, reader.open_embedding, open_layer, reader.open_head))
     # Each layer had one of this size.
     assert len(seen) == small_spec.num_hidden_layers

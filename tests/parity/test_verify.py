@@ -303,6 +303,10 @@ def test_calibrated_experts_are_known_by_what_was_written(wide, tmp_path):
     deltas, out = read_adapter(wide.adapter, base.spec), tmp_path / "mxfp4"
     calibrate, key = OneExpert(base), OneExpert.corrected_weight
     report = merge(base, deltas, out, format="mxfp4", calibrate=calibrate, progress=False)
+    # What the record says of a corrected weight is of what was written.
+    up, down = deltas[key].factors()
+    update = deltas[key].scaling * up.float() @ down.float()
+    assert report.updates[key].relative_error == pytest.approx(float((0.5 - update).norm() / update.norm()), rel=0.02)
     assert list(report.calibrated) == [gate_up()] and list(report.calibrated[gate_up()]) == [2]
     bias = f"{gate_up()}_bias"
     written, before = (checkpoint.tensor(bias) for checkpoint in (Checkpoint.open(out), base))

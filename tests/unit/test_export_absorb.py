@@ -64,8 +64,13 @@ def test_what_cannot_be_told_or_judged_stays(draw):
         merged.get_parameter(name).data = values
     assert missing(trained, merged, fresh) < 1.005 * before
     assert corrections(trained, merged, *draw(1)) == {}
-    same, _ = draw(10)
+    same, apart = draw(10)
     assert corrections(trained, merged, same, same) == {}
+    # In a row that judges, and in one that is fitted.
+    for row in (0, 1):
+        holed = [values.clone() for values in apart]
+        holed[row][0, 3, 5] = torch.nan
+        assert corrections(trained, merged, same, holed) == {}
 
 
 @pytest.mark.parametrize("num_inputs", [20, 100])

@@ -14,7 +14,7 @@ from gptoss_ft.export.calibrate import Calibration, Progress
 from gptoss_ft.export.gguf_layout import q8_0_weights, through_q8_0
 from gptoss_ft.export.journal import Journal, digest, remove_journals
 from gptoss_ft.export.merge import merge
-from gptoss_ft.export.merged import PackedUpdate, Rounded, row_workers, tensor_digest
+from gptoss_ft.export.merged import MergedWeights, PackedUpdate, Rounded, row_workers, tensor_digest
 from gptoss_ft.export.streams import Streams
 from gptoss_ft.kernels.reference import clamped_swiglu, dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
@@ -260,7 +260,7 @@ def test_experts_that_hardly_see_anything_are_rounded_to_nearest(trained, small_
     )
     merge(base, deltas, tmp_path / "nearest", format="mxfp4", progress=False)
     assert (report.num_calibrated, report.num_nearest) == (0, 2 * 2 * 3)
-    assert "held-out" not in str(report)
+    assert "held-out" not in str(report) and "none of 12 trained experts was rounded for its inputs" in str(report)
     first, second = (Checkpoint.open(tmp_path / folder) for folder in ("few", "nearest"))
     assert all(torch.equal(first.tensor(name), second.tensor(name)) for name in base.names())
 
@@ -295,6 +295,20 @@ def test_calibrated_outputs_are_nearer_to_the_trained_model(trained, small_bases
     assert report.to_dict()["overall"]["output_error"] < 0.6
     assert reports["nearest"].to_dict()["overall"]["output_error"] is None
     assert all(stats.output_error for stats in report.updates.values())
+
+
+def test_biases_may_be_asked_for_after_later_layers(trained, paired, samples):
+    """Files have tensors of odd sizes last, which biases of small heads are."""
+    base, deltas = paired
+    calibrate = Calibration(trained, base, deltas, samples)
+    with row_workers() as pool:
+        list(MergedWeights(base, deltas, pool, calibrate).packed_experts("model.layers.0.mlp.experts.gate_up_proj"))
+        corrected = calibrate.corrected("model.layers.1.self_attn.q_proj.bias")
+        calibrate.streams.number = 2
+        assert corrected is not None and calibrate.corrected("model.layers.1.self_attn.q_proj.bias") is corrected
+        assert calibrate.corrected("model.layers.0.self_attn.q_proj.bias") is None
+        with pytest.raises(RuntimeError, match="layer 1 was asked for after layer 2"):
+            calibrate.corrected("model.layers.1.self_attn.q_proj.weight")
 
 
 @pytest.mark.parametrize("format", ["mxfp4", "gguf_q8_0"])

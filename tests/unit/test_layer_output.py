@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from transformers import DynamicCache
 
 from gptoss_ft.kernels import cpu_layer_output, dispatch, reference
@@ -136,6 +137,22 @@ def test_layers_with_a_hook_an_adapter_or_a_gradient_are_composed(models):
             ours(ids)
         hook.remove()
     assert len(calls) == 5  # the other layer's
+    # accelerate's hooks, as of a model that is offloaded, replace a module's forward.
+    for module in (layer.mlp, layer.self_attn.q_proj, layer.post_attention_layernorm):
+        told = []
+        add_hook_to_module(module, told_of(told))
+        with torch.no_grad():
+            ours(ids)
+        remove_hook_from_module(module)
+        assert len(told) == 1
+    assert len(calls) == 8
     ours.model.embed_tokens.weight.requires_grad_()
     ours(ids).logits.sum().backward()
-    assert len(calls) == 5
+    assert len(calls) == 8
+
+
+def told_of(told):
+    """A hook of accelerate's that notes every call."""
+    hook = ModelHook()
+    hook.pre_forward = lambda module, *args, **kwargs: told.append(module) or (args, kwargs)
+    return hook

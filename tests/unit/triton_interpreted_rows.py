@@ -121,6 +121,12 @@ def test_offsets_past_the_range_of_32_bits(monkeypatch):
     expected = reference.clamped_swiglu(gate_up[-1].float())[-rows.TILE :]
     torch.testing.assert_close(act[-1, -rows.TILE :].float(), expected, rtol=2**-7, atol=1e-3)
 
+    # The first program, of fewer columns than 2^31 of which gate and up are more.
+    first, gate_up[0] = 0, torch.randn(2 * I)
+    row_kernels.clamped_swiglu_kernel[(1,)](gate_up, act, 2**30, 1.702, 7.0, N_=rows.TILE)
+    expected = reference.clamped_swiglu(gate_up[0].float())[: rows.TILE]
+    torch.testing.assert_close(act[0, : rows.TILE].float(), expected, rtol=2**-7, atol=1e-3)
+
     first, (z, d_gate_up, d_weights) = T - 1, map(torch.empty_like, (d_z, gate_up, weights))
     arguments = (gate_up, d_z, weights, z, d_gate_up, d_weights, 1.702, 7.0)
     row_kernels.weighted_swiglu_backward_kernel[(1,)](*arguments, I=I, I_=rows.TILE)
