@@ -152,12 +152,7 @@ def export_run(
         if excerpts:
             _, merged = open_export(checkpoint, folder)
             fidelity = measure_fidelity(
-                checkpoint,
-                run.adapter,
-                deltas,
-                cast(Stored, merged),
-                excerpts,
-                merged_training=cfg.adapter.qat,
+                checkpoint, run.adapter, deltas, cast(Stored, merged), excerpts, merged_training=cfg.adapter.qat
             )
             fault = fidelity_fault(fidelity.base, fidelity.exported, min_fidelity)
             print(fidelity, *filter(None, [effect_note(fidelity)]), sep="\n")

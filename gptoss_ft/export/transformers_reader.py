@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import read_adapter, write_as_peft
-from gptoss_ft.export.readers import LayerByLayer, NotRun, require_layer_memory
+from gptoss_ft.export.readers import LayerByLayer, NotRun
 from gptoss_ft.export.sglang_adapter import read_adapter_sglang
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.load import dense_config, state_dict
@@ -32,7 +32,7 @@ def open_with_transformers(folder: Path) -> LayerByLayer:
     """transformers' own `from_pretrained`, with its own decoding of MXFP4.
 
     Raises:
-        NotRun: if the folder is in the original layout or the memory does not suffice.
+        NotRun: if the folder is in the original layout; when it reads, if the memory does not suffice.
         UserError: when it reads, if transformers finds tensors missing or superfluous.
     """
     checkpoint = Checkpoint.open(folder)
@@ -47,7 +47,7 @@ def open_with_peft(base: Path, adapter: Path) -> LayerByLayer:
     A base in the original layout, which transformers does not read, is put into its model class as `load_base` does.
 
     Raises:
-        NotRun: if the memory does not suffice.
+        NotRun: when it reads, if the memory does not suffice.
     """
     checkpoint = Checkpoint.open(base)
     adapted = {int(name.split(".")[2]) for name in read_adapter(adapter, checkpoint.spec)}
@@ -64,7 +64,7 @@ def open_sglang_adapter_with_peft(base: Path, export: Path) -> LayerByLayer:
     """Stock PEFT on the factors of an adapter for SGLang, brought into PEFT's layout in a temporary folder.
 
     Raises:
-        NotRun: if the memory does not suffice.
+        NotRun: when it reads, if the memory does not suffice.
     """
     folder = TemporaryDirectory()
     write_as_peft(read_adapter_sglang(export, Checkpoint.open(base).spec), Path(folder.name))
@@ -78,8 +78,6 @@ def _layer(number: int) -> str:
 
 
 def _layer_by_layer(checkpoint: Checkpoint, open_layer: Callable[[int], GptOssForCausalLM]) -> LayerByLayer:
-    require_layer_memory(checkpoint.spec)
-
     def embedding() -> Callable[[Tensor], Tensor]:
         return _open_part(checkpoint, EMBEDDING).model.embed_tokens
 
