@@ -2,17 +2,22 @@
 
     python benchmarks/merge_20b.py [--format mxfp4] [--base DIR] [--out DIR] [--layers 24] [--rank 8] [--json]
     python benchmarks/merge_20b.py --calibration-tokens 4096 --updated 1
+    python benchmarks/merge_20b.py --verify
 
 Random weights, and a random adapter on attention and every expert of all layers. The base checkpoint is written to
 `--base` if it is not there (13.8 GB); what was merged is removed again (13.8 GB, as `bf16` 41.8 GB). Rounding is to
 nearest, or with `--calibration-tokens` for inputs that the model has on so many random tokens, in rows of 512.
-Whatever has no update is read back: a bit that is not the base's ends the benchmark.
+Whatever has no update is read back: a bit that is not the base's ends the benchmark. With `--verify`, a process of its
+own does with the export what `gptoss-ft verify` does, on rows of random tokens: weights that are not what a merge makes
+of this adapter, or other programs that read another model than ours, end it too. How much of a random update rounding
+keeps is only said.
 
     seconds         calibrating, merging and writing, by the clock, with the hashes in manifest.json
     private_gb      most anonymous memory the process held: the adapter (twice where calibrated), what is being merged
     adapter_gb      the adapter's factors
     out_gb          what was written
     same_tensors    tensors without an update that have the base's bits
+    verify_seconds, verify_private_gb   comparing every weight, and the logits of every program
 """
 
 import argparse
@@ -20,31 +25,37 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from step_20b import anonymous_bytes, most
 
 from gptoss_ft.adapters.attach import Targets, attach_adapters
 from gptoss_ft.adapters.save import load_adapter, save_adapter
+from gptoss_ft.data.sample import Sample
 from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.calibrate import Calibration
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.gguf_layout import q8_0_weights
 from gptoss_ft.export.gguf_read import GgufModel
 from gptoss_ft.export.merge import MergeFormat, merge
-from gptoss_ft.export.verify import open_export
+from gptoss_ft.export.verify import open_export, verify_export
 from gptoss_ft.export.weights import expert_weight
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.model.load import load_base
 from gptoss_ft.model.spec import SPECS
 
+T = TypeVar("T")
+
 ROW_TOKENS = 512
 CHUNK_ROWS = 4096
+VERIFIED_ROWS, VERIFIED_TOKENS = 4, 64
 FORMATS = ("mxfp4", "bf16", "original", "gguf", "gguf_q8_0")
 
 
@@ -57,22 +68,30 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--updated", type=int, help="merge the updates of so many layers, the first ones; default all")
     parser.add_argument("--calibration-tokens", type=int, default=0)
+    parser.add_argument("--verify", action="store_true", help="open the export with every program that can read it")
     parser.add_argument("--json", action="store_true", help="print one line of JSON last")
     args = parser.parse_args()
+    if args.verify and (args.updated is not None or args.calibration_tokens):
+        parser.error("--verify compares with the whole adapter, rounded to nearest")
 
     if not args.base.exists():
         init_checkpoint(replace(SPECS["gpt_oss_20b"], num_hidden_layers=args.layers), args.base)
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder, "adapter")
-        # In a process of its own: the model would count here.
-        maker = get_context("spawn").Process(target=make_adapter, args=(args.base, adapter, args.rank))
-        maker.start()
-        maker.join()
-        result = measure(args.base, adapter, args.out, args.format, args.updated, args.calibration_tokens)
+        in_process(make_adapter, args.base, adapter, args.rank)
+        result = measure(
+            args.base, adapter, args.out, args.format, args.updated, args.calibration_tokens, verified=args.verify
+        )
     for name, value in result.items():
         print(f"{name:16} {value:.4g}")
     if args.json:
         print(json.dumps({name: round(value, 4) for name, value in result.items()}))
+
+
+def in_process(task: Callable[..., T], *args: Any) -> T:
+    """Call a function in a process of its own, so that the memory it takes is not counted here, nor ours there."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(task, *args).result()
 
 
 def make_adapter(base: Path, out: Path, rank: int) -> None:
@@ -88,7 +107,14 @@ def make_adapter(base: Path, out: Path, rank: int) -> None:
 
 
 def measure(
-    base: Path, adapter: Path, out: Path, format: MergeFormat, num_updated: int | None, num_tokens: int
+    base: Path,
+    adapter: Path,
+    out: Path,
+    format: MergeFormat,
+    num_updated: int | None,
+    num_tokens: int,
+    *,
+    verified: bool = False,
 ) -> dict[str, float]:
     with most(anonymous_bytes) as private:
         checkpoint = Checkpoint.open(base)
@@ -103,6 +129,7 @@ def measure(
             print(report)
             num_bytes = sum(file.stat().st_size for file in out.iterdir())
             num_same = check_the_rest(checkpoint, out, deltas.keys() | report.corrected.keys())
+            verification = in_process(verify, base, adapter, out) if verified else {}
         finally:
             shutil.rmtree(out, ignore_errors=True)
     factors = sum(delta.A.nbytes + delta.B.nbytes for delta in deltas.values())
@@ -112,7 +139,24 @@ def measure(
         "adapter_gb": factors / 1e9,
         "out_gb": num_bytes / 1e9,
         "same_tensors": num_same,
+        **verification,
     }
+
+
+def verify(base: Path, adapter: Path, export: Path) -> dict[str, float]:
+    vocab_size = Checkpoint.open(base).spec.vocab_size
+    ids = torch.randint(vocab_size, (VERIFIED_ROWS, VERIFIED_TOKENS), generator=torch.Generator().manual_seed(1))
+    samples = [Sample(row, [1.0] * len(row), f"random:{number}", 0) for number, row in enumerate(ids.tolist())]
+    with most(anonymous_bytes) as private:
+        start = time.perf_counter()
+        report = verify_export(
+            base=base, adapter=adapter, export=export, samples=samples, max_tokens=ids.numel(), min_fidelity=0
+        )
+        seconds = time.perf_counter() - start
+    print(report)
+    if not report.passed:
+        raise SystemExit("the export did not pass")
+    return {"verify_seconds": seconds, "verify_private_gb": private() / 1e9}
 
 
 def check_the_rest(base: Checkpoint, out: Path, changed: Collection[str]) -> int:
