@@ -17,7 +17,8 @@ from gptoss_ft.errors import UserError
 from gptoss_ft.export.absorb import RULES as ABSORB_RULES
 from gptoss_ft.export.adapter import export_adapter, read_adapter
 from gptoss_ft.export.calibrate import Calibration, is_selected
-from gptoss_ft.export.deltas import LowRankDelta
+from gptoss_ft.export.cures import cure
+from gptoss_ft.export.deltas import LowRankDelta, update_experts
 from gptoss_ft.export.excerpts import Excerpt, select_positions
 from gptoss_ft.export.fidelity import measure_fidelity
 from gptoss_ft.export.fingerprint import base_fingerprint, check_fingerprint
@@ -29,7 +30,7 @@ from gptoss_ft.export.merge_record import adapter_digest, as_table, effect_note,
 from gptoss_ft.export.paired import RULES as PAIRED_RULES
 from gptoss_ft.export.sglang_adapter import export_adapter_sglang
 from gptoss_ft.export.stored_model import Stored
-from gptoss_ft.export.verdict import CURES, MERGED_TRAINING_CURE, fidelity_fault
+from gptoss_ft.export.verdict import fidelity_fault
 from gptoss_ft.export.verify import open_export
 from gptoss_ft.export.vllm_adapter import export_adapter_vllm, max_lora_rank
 from gptoss_ft.files import refuse_existing, refuse_other_writers, write_whole
@@ -143,6 +144,7 @@ def export_run(
         return out
     if dithered:
         check_packed(checkpoint, Rounding.dithered)
+    rounding = Rounding.dithered if dithered else Rounding.calibrated if calibrated else Rounding.nearest
     calibrate = None if calibrated is None else calibration(run, checkpoint, deltas, calibrated, out, format)
     excerpts = fidelity_excerpts(cfg, data, fidelity_tokens) if fidelity_tokens else []
 
@@ -168,9 +170,15 @@ def export_run(
         write_json(file, record)
         write_whole(file.with_suffix(".txt"), as_table(report, fidelity))
         if fault:
-            cure = MERGED_TRAINING_CURE if cfg.adapter.qat else CURES[format]
+            instead = cure(
+                format,
+                packed_base=checkpoint.layout != "bf16",
+                trains_experts=update_experts(deltas),
+                rounding=rounding,
+                merged_training=cfg.adapter.qat,
+            )
             raise UserError(
-                f"{out} was not written, {fault}: {cure}; or take the files as they are from {place}, "
+                f"{out} was not written, {fault}: {instead}; or take the files as they are from {place}, "
                 "where they were left (min_fidelity=0 writes them to their place)" + _of_journal(calibrate)
             )
 

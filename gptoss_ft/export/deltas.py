@@ -60,3 +60,8 @@ def weight_shapes(spec: GptOssSpec) -> dict[str, tuple[int, ...]]:
         for name, shape in spec.expert_shapes().items():
             shapes[f"{prefix}.mlp.experts.{name}"] = (spec.num_local_experts, *shape)
     return shapes
+
+
+def update_experts(deltas: Mapping[str, LowRankDelta]) -> bool:
+    """Whether any of the updates is of experts."""
+    return any(".mlp.experts." in name for name in deltas)

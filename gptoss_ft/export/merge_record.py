@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from gptoss_ft.config.schema import Rounding
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.distance import finite, quantile
@@ -64,6 +65,13 @@ class Noted:
     experts: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     corrected: Mapping[str, str] = field(default_factory=dict)
     rounding: str | None = None
+
+    @property
+    def asked_for(self) -> Rounding:
+        """What `rounding=` was."""
+        if self.rounding == DITHER_RULE:
+            return Rounding.dithered
+        return Rounding.calibrated if self.experts else Rounding.nearest
 
 
 def noted_in(export: Path) -> Noted:

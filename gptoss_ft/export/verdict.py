@@ -51,25 +51,6 @@ LLAMA_CPP_NOISE = 3e-2
 # Adapters that a program in fp32 opened.
 EXACT_ADAPTERS = ("adapter", "adapter_sglang")
 
-SERVE_ADAPTER = "serve the adapter beside the base (format=adapter), which loses nothing"
-CALIBRATE = (
-    "try rounding=calibrated, or rounding=dithered for updates of several per cent, train through the merge "
-    "(adapter.qat=true)"
-)
-ATTENTION = "train adapter.targets=attention, which stays bf16 in it"
-PACKED_CURE = f"{SERVE_ADAPTER}, export format=bf16, {CALIBRATE}, or {ATTENTION}"
-GGUF_CURE = f"serve the adapter beside the base (format=adapter_gguf), {CALIBRATE}, or {ATTENTION}"
-# What was trained through its rounding loses nothing in formats that hold it as it is.
-MERGED_TRAINING_CURE = "export format=mxfp4, original, gguf or bf16, which hold what was trained"
-CURES = {
-    "bf16": SERVE_ADAPTER,
-    "mxfp4": PACKED_CURE,
-    "original": PACKED_CURE,
-    "gguf": GGUF_CURE,
-    "gguf_q8_0": f"export format=gguf, {GGUF_CURE}",
-    "adapter_gguf": "export again",
-}
-
 
 def fidelity_fault(
     base: Distances, exported: Distances, min_fidelity: float, *, noise: float = ARITHMETIC_NOISE
@@ -137,6 +118,7 @@ class VerifyReport:
         places: row, generation and token of every compared position.
         base: distances of the base without the adapter from the trained model: the effect of the training.
         not_run: programs that did not open the export, and why.
+        cure: what to do if it keeps too little.
     """
 
     export: Path
@@ -146,6 +128,7 @@ class VerifyReport:
     readings: list[Reading]
     not_run: dict[str, str]
     weights: WeightCheck
+    cure: str
     min_fidelity: float = MIN_FIDELITY
 
     @property
@@ -289,7 +272,7 @@ class VerifyReport:
 
     def _merge_fault(self, reading: Reading) -> str | None:
         fault = fidelity_fault(self.base, reading.from_trained, self.min_fidelity, noise=reading.noise)
-        return fault and f"{reading.program}: {fault}: {CURES[self.format]}"
+        return fault and f"{reading.program}: {fault}: {self.cure}"
 
     def _farthest(self, count: int = 3) -> list[str]:
         """The positions that are farthest from the trained model for the first reader."""

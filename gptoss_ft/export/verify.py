@@ -22,7 +22,8 @@ from gptoss_ft.config.schema import MIN_FIDELITY
 from gptoss_ft.data.sample import Sample
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import read_adapter
-from gptoss_ft.export.deltas import LowRankDelta
+from gptoss_ft.export.cures import cure
+from gptoss_ft.export.deltas import LowRankDelta, update_experts
 from gptoss_ft.export.distance import Distances
 from gptoss_ft.export.excerpts import Excerpt, select_positions
 from gptoss_ft.export.gguf_adapter import read_adapter_gguf
@@ -101,6 +102,13 @@ def verify_export(
         readings=readings,
         not_run=not_run,
         weights=weights,
+        cure=cure(
+            format,
+            packed_base=base_checkpoint.layout != "bf16",
+            trains_experts=update_experts(read_adapter(adapter, base_checkpoint.spec)),
+            rounding=noted.asked_for,
+            merged_training=merged_training,
+        ),
         min_fidelity=min_fidelity,
     )
 

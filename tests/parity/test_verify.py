@@ -432,12 +432,15 @@ def test_the_export_of_another_run_fails(wide, tmp_path):
     assert not report.passed
 
 
-def test_training_lost_to_rounding_fails_and_names_the_cure(tmp_path):
-    trained = trained_on(tmp_path, targets=["experts"], steps=1)
+@pytest.mark.parametrize("layout", ["mxfp4", "bf16"])
+def test_training_lost_to_rounding_fails_and_names_the_cure(tmp_path, layout):
+    trained = trained_on(tmp_path, targets=["experts"], steps=1, layout=layout)
     report = trained.verify(trained.export("mxfp4", tmp_path / "out"))
     assert not report.weights.outside
     assert len(report.failures) == 1
     assert "format=adapter" in report.failures[0]
+    assert ("rounding=dithered" in report.failures[0]) == (layout == "mxfp4")
+    assert ("base=FOLDER" in report.failures[0]) == (layout == "bf16")
     assert trained.verify(trained.export("bf16", tmp_path / "bf16")).passed
 
 
@@ -607,6 +610,7 @@ def test_readers_that_disagree_fail():
         readings=[Reading("transformers 5.23.0", False, distances(0.001)), other],
         not_run={},
         weights=WeightCheck.of([]),
+        cure="",
     )
     assert ["gpt-oss 0.0.9 and transformers 5.23.0 differ" in line for line in report.failures] == [True]
     assert replace(report, readings=[report.readings[0], replace(other, from_first=distances(1e-6))]).passed
