@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight, nearest_element
+from gptoss_ft.kernels.reference import BLOCK_SIZE, LayerWeights, MXFP4Weight, nearest_element
 
 
 @dataclass(frozen=True)
@@ -195,22 +195,46 @@ def attention_inputs_work(size: Size, dtype: torch.dtype) -> Work:
     return Work(1e-9 * (H + 2 * K) * D * size.inputs * dtype.itemsize, "GB/s")
 
 
-def _layer_output(draw: Draw, size: Size) -> Call:
-    T, W, H, I, E = 3, 75, size.inputs, size.outputs, 6
-    # Logits so far apart that no rounding changes which experts are chosen.
-    router = (
-        draw.normal(E, H) * 2**-9,
-        (draw.normal(E) * 2**-9 + torch.arange(E, device=draw.device) / 2).to(draw.dtype),
+def _decoder_layer(draw: Draw, size: Size) -> Call:
+    B, T, S, E, (N, K), D, H, I = 1, 3, size.keys, 3, size.heads, size.head_dim, size.inputs, size.outputs
+    weights = LayerWeights(
+        input_norm_H=draw.normal(H),
+        # Small enough for sums of the size of their terms.
+        query_OH=draw.normal(N * D, H) * H**-0.5,
+        query_bias_O=draw.normal(N * D),
+        key_OH=draw.normal(K * D, H) * H**-0.5,
+        key_bias_O=draw.normal(K * D),
+        value_OH=draw.normal(K * D, H) * H**-0.5,
+        value_bias_O=draw.normal(K * D),
+        sinks_N=draw.normal(N),
+        projection_HW=draw.normal(H, N * D) * (N * D) ** -0.5,
+        projection_bias_H=draw.normal(H),
+        norm_H=draw.normal(H),
+        # Logits so far apart that no rounding changes which experts are chosen.
+        router_EH=draw.normal(E, H) * 2**-9,
+        router_bias_E=(draw.normal(E) * 2**-9 + torch.arange(E, device=draw.device) / 2).to(draw.dtype),
+        gate_up=draw.packed(E, 2 * I, H),
+        gate_up_bias_EO=draw.normal(E, 2 * I),
+        down=draw.packed(E, H, I),
+        down_bias_EH=draw.normal(E, H),
+        head_dim=D,
+        window=size.window,
+        scaling=D**-0.5,
+        input_epsilon=1e-5,
+        epsilon=1e-5,
+        top_k=2,
+        alpha=1.702,
+        limit=7.0,
     )
-    experts = draw.packed(E, 2 * I, H), draw.normal(E, 2 * I), draw.packed(E, H, I), draw.normal(E, H)
-    projection = draw.normal(H, W), draw.normal(H)
-    constants = {"epsilon": 1e-5, "top_k": 4, "alpha": 1.702, "limit": 7.0}
-    return Call((draw.normal(T, W), draw.normal(T, H), *projection, draw.normal(H), *router, *experts), constants)
+    angles_BTC = draw.normal(B, T, D // 2)
+    states = draw.normal(B, T, H), draw.normal(B, K, S, D), draw.normal(B, K, S, D)
+    return Call((*states, angles_BTC.cos(), angles_BTC.sin(), weights))
 
 
-def layer_output_work(size: Size, dtype: torch.dtype) -> Work:
-    # Bytes of the four experts; the projection is small.
-    return Work(1e-9 * 4 * 3 * size.inputs * size.outputs * (0.5 + 1 / BLOCK_SIZE), "GB/s")
+def decoder_layer_work(size: Size, dtype: torch.dtype) -> Work:
+    (N, K), D, H = size.heads, size.head_dim, size.inputs
+    dense, experts = 2 * (N + K) * D * H * dtype.itemsize, 2 * 3 * H * size.outputs * (0.5 + 1 / BLOCK_SIZE)
+    return Work(1e-9 * (dense + experts), "GB/s")
 
 
 def _low_rank_down(draw: Draw, size: Size) -> Call:
@@ -309,7 +333,7 @@ COMBINE = Case(_combine, rows_work(2.5))
 EXPERT_MIXTURE = Case(_expert_mixture, mixture_work)
 RMS_NORM = Case(_rms_norm, rms_norm_work)
 ATTENTION_INPUTS = Case(_attention_inputs, attention_inputs_work)
-LAYER_OUTPUT = Case(_layer_output, layer_output_work)
+DECODER_LAYER = Case(_decoder_layer, decoder_layer_work)
 LOW_RANK_DOWN = Case(_low_rank_down, low_rank_work)
 LOW_RANK_UP_ = Case(_low_rank_up_, low_rank_work)
 LOW_RANK_GRADIENT_ = Case(_low_rank_gradient_, low_rank_work)

@@ -19,10 +19,15 @@ from gptoss_ft.kernels.reference import Tree
 MAX_HEAD_DIM = 256
 
 
-class _View(ctypes.Structure):
+class View(ctypes.Structure):
     """Address and strides, in elements, of a tensor whose last dimension is contiguous."""
 
     _fields_ = (("data", POINTER), ("batch", LONG), ("head", LONG), ("token", LONG))
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "View":
+        """Of a tensor `[batch, head, token, head_dim]`."""
+        return cls(tensor.data_ptr(), *tensor.stride()[:3])
 
 
 class _Attention(ctypes.Structure):
@@ -33,7 +38,7 @@ class _Attention(ctypes.Structure):
         *((array, POINTER) for array in ("documents", "depths", "visible_until")),
         ("reach", LONG),
         *((array, POINTER) for array in ("sinks", "lse")),
-        *((view, _View) for view in ("q", "k", "v", "out", "d_out", "dk", "dv")),
+        *((view, View) for view in ("q", "k", "v", "out", "d_out", "dk", "dv")),
         *((array, POINTER) for array in ("dq", "delta", "dsinks")),
         ("scaling", ctypes.c_float),
     )
@@ -160,7 +165,7 @@ def sink_attention_backward(
     delta_BHT, dsinks_BH = torch.empty_like(lse_BHT), lse_BHT.new_empty(lse_BHT.shape[:2])
     fp32_sinks_H, documents_BS, tree = _small_operands(sinks_H, documents_BS, tree)
     attention = _attention(q_BHTD, k_BKSD, v_BKSD, fp32_sinks_H, scaling, window, documents_BS, tree, out_BHTD, lse_BHT)
-    attention.d_out, attention.dk, attention.dv = (_view(tensor) for tensor in (d_out_BHTD, dk_BKSD, dv_BKSD))
+    attention.d_out, attention.dk, attention.dv = (View.of(tensor) for tensor in (d_out_BHTD, dk_BKSD, dv_BKSD))
     attention.dq, attention.delta, attention.dsinks = (t.data_ptr() for t in (dq_BHTD, delta_BHT, dsinks_BH))
     if q_BHTD.numel():
         _call("gptoss_ft_attention_backward", q_BHTD.dtype, attention)
@@ -200,7 +205,7 @@ def _attention(
         *((None, None) if tree is None else (array.data_ptr() for array in tree)),
         S if window is None else min(window, S),
         *(sinks_H.data_ptr(), lse_BHT.data_ptr()),
-        *(_view(tensor) for tensor in (q_BHTD, k_BKSD, v_BKSD, out_BHTD)),
+        *(View.of(tensor) for tensor in (q_BHTD, k_BKSD, v_BKSD, out_BHTD)),
         scaling=scaling,
     )
 
@@ -208,10 +213,6 @@ def _attention(
 def _call(name: str, dtype: torch.dtype, attention: _Attention) -> None:
     # isa, threads, dtype, attention
     check(function(name, INT, INT, INT, ctypes.POINTER(_Attention))(*common(dtype), attention))
-
-
-def _view(tensor: Tensor) -> _View:
-    return _View(tensor.data_ptr(), *tensor.stride()[:3])
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:

@@ -5,15 +5,14 @@ T tokens · I in features · O out features · D head dimension · C half of it
 
 from torch import Tensor
 
-from gptoss_ft.kernels.cpu_library import DTYPES, INT, LONG, POINTER, check, common, function
+from gptoss_ft.kernels.cpu_library import DTYPES, INT, LONG, MAX_TOKENS, POINTER, check, common, function
 
-MAX_ROWS = 4  # `kFewRows` of cpu/kernels.h
 MAX_HEAD_DIM = 256  # `kMaxHeadDim` of cpu/few_rows.h
 
 
 def takes(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> bool:
     """Whether `linear` computes these operands; they may be too many rows, or a mistake."""
-    fitting = x_TI.ndim == w_OI.ndim == 2 and x_TI.shape[1] == w_OI.shape[1] and 0 < x_TI.shape[0] <= MAX_ROWS
+    fitting = x_TI.ndim == w_OI.ndim == 2 and x_TI.shape[1] == w_OI.shape[1] and 0 < x_TI.shape[0] <= MAX_TOKENS
     known = x_TI.dtype in DTYPES and w_OI.dtype in DTYPES and w_OI.is_contiguous() and w_OI.numel() > 0
     return fitting and known and (bias_O is None or (bias_O.shape == w_OI.shape[:1] and bias_O.dtype in DTYPES))
 
@@ -44,8 +43,8 @@ def linear(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 def refusal(x_TI: Tensor, *operands: Tensor) -> str:
     """Why the library does not take these operands of `attention_inputs`; empty if it does."""
     *projections, cos_TC, sin_TC = operands
-    if not 0 < len(x_TI) <= MAX_ROWS:
-        return f"there are {len(x_TI)} rows, not 1 to {MAX_ROWS}"
+    if not 0 < len(x_TI) <= MAX_TOKENS:
+        return f"there are {len(x_TI)} rows, not 1 to {MAX_TOKENS}"
     if 2 * cos_TC.shape[-1] > MAX_HEAD_DIM:
         return f"head dimension {2 * cos_TC.shape[-1]} is more than {MAX_HEAD_DIM}"
     if len({w_OI.dtype for w_OI in projections[::2]}) > 1 or len({bias_O.dtype for bias_O in projections[1::2]}) > 1:

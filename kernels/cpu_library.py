@@ -32,6 +32,8 @@ MISSING = {
     "avx2": "the processor has no AVX2 with FMA: portable code runs, which is slower still",
 }
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+# Of a step of generation: tokens, `kFewRows` of cpu/kernels.h, and choices of experts, `kMixtureRows` of cpu/mixture.h.
+MAX_TOKENS, MAX_CHOICES = 4, 16
 
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 

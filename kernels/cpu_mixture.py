@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptoss_ft.kernels.cpu_library import DTYPES, INT, LONG, POINTER, check, common, function
+from gptoss_ft.kernels.cpu_library import DTYPES, INT, LONG, MAX_CHOICES, MAX_TOKENS, POINTER, check, common, function
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 
 FLOAT = ctypes.c_float
-MAX_ROWS = 16  # `kMixtureRows` of cpu/mixture.h
-MAX_TOKENS = 4  # with as many rows an expert, products have one order of additions, here and in `grouped_linear`
 
 
 def takes_rows(experts_TK: Tensor) -> bool:
     """Whether so few tokens are multiplied that the kernels wait for the weights."""
-    return len(experts_TK) <= MAX_TOKENS and 0 < experts_TK.numel() <= MAX_ROWS
+    return len(experts_TK) <= MAX_TOKENS and 0 < experts_TK.numel() <= MAX_CHOICES
 
 
 def refusal(
@@ -35,7 +33,7 @@ def refusal(
     """Why the library does not take these operands; empty if it does."""
     if not takes_rows(experts_TK):
         T, K = experts_TK.shape
-        return f"there are {K} choices of {T} tokens, not up to {MAX_ROWS} of up to {MAX_TOKENS}"
+        return f"there are {K} choices of {T} tokens, not up to {MAX_CHOICES} of up to {MAX_TOKENS}"
     # A copy would double the memory of the largest tensors there are.
     if any(t.dtype != torch.uint8 or not t.is_contiguous() for t in (*gate_up, *down)):
         return "packed weights are not contiguous uint8"

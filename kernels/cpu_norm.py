@@ -4,15 +4,14 @@ import ctypes
 
 from torch import Tensor
 
-from gptoss_ft.kernels.cpu_library import DTYPES, INT, LONG, POINTER, check, common, function
-
-MAX_ROWS = 4  # of a step of generation; for many, several threads are worth waking, as torch does
+from gptoss_ft.kernels.cpu_library import DTYPES, INT, LONG, MAX_TOKENS, POINTER, check, common, function
 
 
 def refusal(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> str:
     """Why the library does not take these operands; empty if it does."""
-    if x_TH.shape[0] > MAX_ROWS:
-        return f"there are {x_TH.shape[0]} rows, more than {MAX_ROWS}"
+    # For many, several threads are worth waking, as torch does.
+    if x_TH.shape[0] > MAX_TOKENS:
+        return f"there are {x_TH.shape[0]} rows, more than {MAX_TOKENS}"
     return "" if weight_H.dtype in DTYPES else f"the weight is {weight_H.dtype}, not fp32 or bf16"
 
 

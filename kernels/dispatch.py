@@ -16,10 +16,10 @@ from torch import Tensor
 from gptoss_ft.kernels import (
     cases,
     cpu_attention,
+    cpu_decoder_layer,
     cpu_experts,
     cpu_few_rows,
     cpu_gemm,
-    cpu_layer_output,
     cpu_library,
     cpu_loss,
     cpu_merging,
@@ -204,8 +204,10 @@ attention_inputs = Operation(
     _library(cpu_few_rows.attention_inputs, cpu_few_rows.refusal, (cases.ODD,)),
     cases.ATTENTION_INPUTS,
 )
-layer_output = Operation(
-    reference.layer_output, _library(cpu_layer_output.layer_output, cpu_layer_output.refusal), cases.LAYER_OUTPUT
+decoder_layer = Operation(
+    reference.decoder_layer,
+    _library(cpu_decoder_layer.decoder_layer, cpu_decoder_layer.refusal, (replace(cases.AWKWARD, inputs=96),)),
+    cases.DECODER_LAYER,
 )
 low_rank_down = Operation(
     reference.low_rank_down,
@@ -305,7 +307,7 @@ OPERATIONS: tuple[Operation, ...] = (
     expert_mixture,
     rms_norm,
     attention_inputs,
-    layer_output,
+    decoder_layer,
     low_rank_down,
     low_rank_up_,
     low_rank_gradient_,

@@ -7,6 +7,7 @@ where expert e's rows end, as in `torch.nn.functional.grouped_mm`.
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -251,32 +252,6 @@ def attention_inputs(
     return torch.cat((*parts, linear(x_TI, value_OI, value_bias_O)), dim=-1)
 
 
-def layer_output(
-    heads_TW: Tensor,
-    residual_TH: Tensor,
-    projection_HW: Tensor,
-    projection_bias_H: Tensor,
-    norm_H: Tensor,
-    router_EH: Tensor,
-    router_bias_E: Tensor,
-    gate_up: MXFP4Weight,
-    gate_up_bias_EO: Tensor,
-    down: MXFP4Weight,
-    down_bias_EH: Tensor,
-    *,
-    epsilon: float,
-    top_k: int,
-    alpha: float,
-    limit: float,
-) -> Tensor:
-    """What follows attention in a layer, residual connections included: `[T, H]`."""
-    hidden_TH = residual_TH + linear(heads_TW, projection_HW, projection_bias_H)
-    x_TH = rms_norm(hidden_TH, norm_H, epsilon)
-    chosen_TK, experts_TK = linear(x_TH, router_EH, router_bias_E).topk(top_k, dim=-1)
-    experts = (gate_up, gate_up_bias_EO, down, down_bias_EH)
-    return hidden_TH + expert_mixture(x_TH, experts_TK, chosen_TK.softmax(-1), *experts, alpha=alpha, limit=limit)
-
-
 def accurate(dtype: torch.dtype) -> torch.dtype:
     """The dtype for sums and for what is small: fp32, or fp64 beside fp64."""
     return torch.promote_types(dtype, torch.float32)
@@ -336,6 +311,76 @@ def sink_attention(
     sinks = sinks_H.to(logits.dtype).view(K, H // K, 1, 1).expand(*logits.shape[:-1], 1)
     probabilities = torch.cat((logits, sinks), dim=-1).softmax(-1)[..., :-1]
     return (probabilities @ v_BKSD[:, :, None]).flatten(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWeights:
+    """The parameters of a layer and its constants. W = N·D is the width of all N query heads, of D features each."""
+
+    input_norm_H: Tensor
+    query_OH: Tensor
+    query_bias_O: Tensor
+    key_OH: Tensor
+    key_bias_O: Tensor
+    value_OH: Tensor
+    value_bias_O: Tensor
+    sinks_N: Tensor
+    projection_HW: Tensor
+    projection_bias_H: Tensor
+    norm_H: Tensor
+    router_EH: Tensor
+    router_bias_E: Tensor
+    gate_up: MXFP4Weight
+    gate_up_bias_EO: Tensor
+    down: MXFP4Weight
+    down_bias_EH: Tensor
+    head_dim: int
+    window: int | None
+    scaling: float
+    input_epsilon: float
+    epsilon: float
+    top_k: int
+    alpha: float
+    limit: float
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        fields = vars(self).values()
+        packed = (*self.gate_up, *self.down)
+        return (*(value for value in fields if isinstance(value, Tensor)), *packed)
+
+
+def decoder_layer(
+    hidden_BTH: Tensor,
+    keys_BKSD: Tensor,
+    values_BKSD: Tensor,
+    cos_RTC: Tensor,
+    sin_RTC: Tensor,
+    weights: LayerWeights,
+    documents_BS: Tensor | None = None,
+) -> Tensor:
+    """A whole layer: `[B, T, H]`. The keys and values of its tokens are written to the last T of S positions.
+
+    The rotation is that of every row, `R = B`, or the same for all, `R = 1`; documents are those of `sink_attention`.
+    """
+    of, B, K = weights, len(hidden_BTH), keys_BKSD.shape[1]
+    x_TH = rms_norm(hidden_BTH.flatten(0, 1), of.input_norm_H, of.input_epsilon)
+    projections = (of.query_OH, of.query_bias_O, of.key_OH, of.key_bias_O, of.value_OH, of.value_bias_O)
+    rotation = (half_RTC.expand(B, -1, -1).flatten(0, 1) for half_RTC in (cos_RTC, sin_RTC))
+    states_TO = attention_inputs(x_TH, *projections, *rotation)
+    states_BHTD = states_TO.view(*hidden_BTH.shape[:2], -1, of.head_dim).transpose(1, 2)
+    query, key, value = states_BHTD.split((states_BHTD.shape[1] - 2 * K, K, K), dim=1)
+    keys_BKSD[:, :, -key.shape[2] :], values_BKSD[:, :, -key.shape[2] :] = key, value
+    heads_BHTD = sink_attention(
+        query, keys_BKSD, values_BKSD, of.sinks_N, scaling=of.scaling, window=of.window, documents_BS=documents_BS
+    )
+    heads_TW = heads_BHTD.transpose(1, 2).flatten(2).flatten(0, 1)
+    hidden_TH = hidden_BTH.flatten(0, 1) + linear(heads_TW, of.projection_HW, of.projection_bias_H)
+    x_TH = rms_norm(hidden_TH, of.norm_H, of.epsilon)
+    chosen_TK, experts_TK = linear(x_TH, of.router_EH, of.router_bias_E).topk(of.top_k, dim=-1)
+    experts = (of.gate_up, of.gate_up_bias_EO, of.down, of.down_bias_EH)
+    mixed_TH = expert_mixture(x_TH, experts_TK, chosen_TK.softmax(-1), *experts, alpha=of.alpha, limit=of.limit)
+    return (hidden_TH + mixed_TH).view_as(hidden_BTH)
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:

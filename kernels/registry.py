@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gptoss_ft.kernels import selfcheck, verdicts
 from gptoss_ft.kernels.cases import AWKWARD, Case, Draw, Size
-from gptoss_ft.kernels.reference import MXFP4Weight
+from gptoss_ft.kernels.reference import LayerWeights, MXFP4Weight
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -113,11 +113,15 @@ class Operation(Generic[P, R]):
         self._told: set[Choice[P, R]] = set()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.chosen(*args, **kwargs).function(*args, **kwargs)
+
+    def chosen(self, *args: P.args, **kwargs: P.kwargs) -> Choice[P, R]:
+        """`choose`, and log once why nothing faster runs."""
         choice = self.choose(*args, **kwargs)
         if choice.refused and choice not in self._told:
             self._told.add(choice)
             log.log(*self._message(choice))
-        return choice.function(*args, **kwargs)
+        return choice
 
     def choose(self, *args: P.args, **kwargs: P.kwargs) -> Choice[P, R]:
         """What runs for these arguments; an implementation that was never checked on their device is checked now."""
@@ -209,6 +213,8 @@ def operands_of(*args: object, **kwargs: object) -> Operands:
             tensors: tuple[Tensor, ...] = (value,)
         elif isinstance(value, MXFP4Weight):
             tensors = value
+        elif isinstance(value, LayerWeights):
+            tensors = value.tensors()
         else:
             if isinstance(value, torch.dtype):
                 asked = value

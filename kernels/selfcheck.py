@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gptoss_ft.kernels.cases import Call
+from gptoss_ft.kernels.reference import LayerWeights
 
 # fp32 torch adds in more partial sums than a kernel has registers and hardly errs on a few hundred terms. Twice so
 # little would fail kernels for the order of their additions.
@@ -139,6 +140,8 @@ def _in_fp64(call: Call) -> Call:
     def converted(operand: Any) -> Any:
         if isinstance(operand, torch.dtype):
             return torch.float64
+        if isinstance(operand, LayerWeights):
+            return LayerWeights(**{name: converted(value) for name, value in vars(operand).items()})
         return operand.double() if _is_float(operand) else operand
 
     return Call(tuple(map(converted, call.args)), call.kwargs)

@@ -3,10 +3,10 @@
 #include <new>
 
 #include "attention.h"
+#include "decoder_layer.h"
 #include "experts.h"
 #include "few_rows.h"
 #include "grouped.h"
-#include "layer_output.h"
 #include "mixture.h"
 #include "parallel.h"
 
@@ -183,30 +183,12 @@ EXPORT int gptoss_ft_mixture(int isa, int threads, int dtype, const void* hidden
     });
 }
 
-EXPORT int gptoss_ft_layer_output(int isa, int threads, int dtype, const void* heads, const void* residual,
-                                  int64_t tokens, int64_t choices, int dense_dtype, const uint8_t* projection,
-                                  const uint8_t* router, int bias_dtype, const void* projection_bias,
-                                  const void* router_bias, int norm_dtype, const void* norm, float epsilon,
-                                  const uint8_t* gate_up, const uint8_t* gate_up_scales, const void* gate_up_bias,
-                                  const uint8_t* down, const uint8_t* down_scales, const void* down_bias,
-                                  int expert_bias_dtype, int64_t num_experts, int64_t width, int64_t hidden_size,
-                                  int64_t intermediate_size, float alpha, float limit, void* out) {
+EXPORT int gptoss_ft_decoder_layer(int isa, int threads, int dtype, const DecoderLayer* layer, const Step* step) {
     return status_of([&] {
-        const DType dense(static_cast<DType>(dense_dtype));
-        const Experts up{kMXFP4, gate_up, gate_up_scales, nullptr, num_experts, 2 * intermediate_size, hidden_size};
-        const Experts back{kMXFP4, down, down_scales, nullptr, num_experts, hidden_size, intermediate_size};
-        const LayerOutput of{{dense, projection, nullptr, hidden_size, width},
-                             {dense, router, nullptr, num_experts, hidden_size},
-                             projection_bias,
-                             router_bias,
-                             DType(bias_dtype),
-                             norm,
-                             DType(norm_dtype),
-                             epsilon,
-                             choices,
-                             {up, back, gate_up_bias, down_bias, DType(expert_bias_dtype), alpha, limit}};
-        layer_output(isa, kernels_for(Isa(isa), DType(dtype), dense), kernels_for(Isa(isa), DType(dtype), kMXFP4),
-                     experts_for(isa, dtype, dtype), threads, of, DType(dtype), heads, residual, tokens, out);
+        const LayerKernels kernels{kernels_for(Isa(isa), DType(dtype), layer->dense),
+                                   kernels_for(Isa(isa), DType(dtype), kMXFP4), experts_for(isa, dtype, dtype),
+                                   attention_for(Isa(isa), DType(dtype))};
+        decoder_layer(isa, kernels, threads, *layer, DType(dtype), *step);
     });
 }
 

@@ -1,0 +1,267 @@
+"""A whole layer in one kernel, against the reference, and in models against layers composed of other kernels."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from transformers import DynamicCache, StaticCache
+
+from gptoss_ft.kernels import cpu_decoder_layer, dispatch, reference, selfcheck
+from gptoss_ft.kernels.cases import AWKWARD, DECODER_LAYER, Draw
+from gptoss_ft.model import few_rows
+from gptoss_ft.model.few_rows import FewRowsDecoderLayer
+from gptoss_ft.model.load import load_base
+
+SIZE = replace(AWKWARD, inputs=96)
+
+
+def call_of(dtype):
+    return DECODER_LAYER.call(Draw(torch.device("cpu"), dtype), SIZE)
+
+
+def results(args):
+    """Output, keys and values of the kernel, of the reference, and of the reference in fp64."""
+    found = []
+    for function, of in (
+        (cpu_decoder_layer.decoder_layer, args),
+        (reference.decoder_layer, args),
+        (reference.decoder_layer, selfcheck._in_fp64(call_of(torch.float32)._replace(args=tuple(args))).args),
+    ):
+        # Copies, in the same layout, because keys and values are written.
+        hidden, keys, values, *rest = of
+        keys, values = (torch.empty_like(t).copy_(t) for t in (keys, values))
+        found.append((function(hidden, keys, values, *rest), keys, values))
+    return found
+
+
+def with_weights(args, **changes):
+    return [*args[:5], replace(args[5], **changes), *args[6:]]
+
+
+@pytest.mark.parametrize("dtype", dispatch.decoder_layer.dtypes, ids=str)
+# One token, some of one row, and one each of several rows.
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1)], ids=str)
+@pytest.mark.usefixtures("poisoned_memory", "isa")
+def test_errs_at_most_twice_as_much_as_torch(shape, dtype, assert_as_exact_as_torch):
+    args = list(call_of(dtype).args)
+    (B, T), draw = shape, Draw(torch.device("cpu"), dtype)
+    K, D, S = args[1].shape[1], args[1].shape[3], 75
+    # Keys with room behind them; the same rotation in all rows; padding before the first of several rows.
+    states = [draw.normal(B, K, S + 7, D)[:, :, :S] for _ in range(2)]
+    documents = torch.zeros(B, S, dtype=torch.int32)
+    documents[0, :70] = -1
+    args = [draw.normal(B, T, 96), *states, *(t[:, :T] for t in args[3:5]), args[5]]
+    for extra in ([], [documents]):
+        for name, *tensors in zip(("out", "keys", "values"), *results(args + extra), strict=True):
+            assert_as_exact_as_torch(*tensors, name)
+
+
+@pytest.mark.usefixtures("isa")
+def test_the_rotation_may_be_of_every_row(assert_as_exact_as_torch):
+    args, draw = list(call_of(torch.float32).args), Draw(torch.device("cpu"), torch.float32)
+    angles = draw.normal(2, 2, args[3].shape[2])
+    states = [draw.normal(2, *args[1].shape[1:]) for _ in range(2)]
+    args = [draw.normal(2, 2, 96), *states, angles.cos(), angles.sin(), args[5]]
+    for tensors in zip(*results(with_weights(args, window=None)), strict=True):
+        assert_as_exact_as_torch(*tensors)
+
+
+@pytest.mark.usefixtures("isa")
+def test_only_the_last_positions_are_written():
+    hidden, keys, values, *rest = call_of(torch.bfloat16).args
+    before = keys.clone(), values.clone()
+    cpu_decoder_layer.decoder_layer(hidden, keys, values, *rest)
+    for now, then in zip((keys, values), before, strict=True):
+        assert torch.equal(now[:, :, :-3], then[:, :, :-3])
+        assert (now[:, :, -3:] != then[:, :, -3:]).any()
+
+
+@pytest.mark.usefixtures("isa")
+def test_tokens_choose_by_their_own_logits(assert_as_exact_as_torch):
+    args = list(call_of(torch.float32).args)
+    torch.manual_seed(0)
+    # Without the biases that keep the choice of the self-check from depending on rounding.
+    router = torch.randn_like(args[5].router_EH)
+    args = with_weights(args, router_EH=router, router_bias_E=torch.zeros(len(router)))
+    for tensors in zip(*results(args), strict=True):
+        assert_as_exact_as_torch(*tensors)
+
+
+@pytest.mark.usefixtures("isa")
+def test_threads_change_no_bit(with_threads):
+    args = call_of(torch.bfloat16).args
+    first, *others = with_threads(lambda: cpu_decoder_layer.decoder_layer(*args))
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.usefixtures("isa")
+def test_nan_stays_in_its_row():
+    args, draw = call_of(torch.bfloat16).args, Draw(torch.device("cpu"), torch.bfloat16)
+    hidden, states = draw.normal(3, 1, 96), [draw.normal(3, *args[1].shape[1:]) for _ in range(2)]
+    hidden[1, 0, 3] = torch.nan
+    out = cpu_decoder_layer.decoder_layer(hidden, *states, *(t[:, :1] for t in args[3:5]), args[5])
+    assert out[::2].isfinite().all() and out[1].isnan().all()
+
+
+def test_mistakes_are_errors_and_never_reach_the_library():
+    args = list(call_of(torch.bfloat16).args)
+    for position in (0, 1, 2, 3, 4):
+        wrong = [t[..., 2:] if i == position else t for i, t in enumerate(args)]
+        with pytest.raises(ValueError, match="must be"):
+            cpu_decoder_layer.decoder_layer(*wrong)
+    with pytest.raises(ValueError, match="must be"):
+        cpu_decoder_layer.decoder_layer(args[0], *(t[:, :, :2] for t in args[1:3]), *args[3:])
+    with pytest.raises(ValueError, match="documents"):
+        cpu_decoder_layer.decoder_layer(*args, torch.zeros(1, 74, dtype=torch.int32))
+    names = [name for name, value in vars(args[5]).items() if isinstance(value, torch.Tensor)]
+    for name in names:
+        with pytest.raises(ValueError, match="must be"):
+            cpu_decoder_layer.decoder_layer(*with_weights(args, **{name: getattr(args[5], name)[1:]}))
+    for constant in ({"top_k": 4}, {"window": 0}, {"head_dim": 80}):
+        with pytest.raises(ValueError, match=r"cannot be chosen|must be"):
+            cpu_decoder_layer.decoder_layer(*with_weights(args, **constant))
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong", "reason"),
+    [
+        (0, lambda t: t.repeat(2, 1, 1), "of 6 tokens"),
+        (0, lambda t: t.float(), "not in the dtype of the rows"),
+        (3, lambda t: t.float(), "not in the dtype of the rows"),
+        (2, lambda t: t.mT.contiguous().mT, "not contiguous along a head"),
+        ("norm_H", lambda t: t.double(), "not all alike"),
+        ("router_EH", lambda t: t.float(), "not all alike"),
+        ("sinks_N", lambda t: t.double(), "not fp32 or bf16"),
+        ("key_OH", lambda t: t.t().contiguous().t(), "not contiguous"),
+        ("scaling", lambda t: 0.0, "not above zero"),
+    ],
+)
+def test_what_the_library_does_not_take_is_refused(position, wrong, reason):
+    args = list(call_of(torch.bfloat16).args)
+    assert cpu_decoder_layer.refusal(*args) == ""
+    if isinstance(position, str):
+        args = with_weights(args, **{position: wrong(getattr(args[5], position))})
+    else:
+        args[position] = wrong(args[position])
+    assert reason in cpu_decoder_layer.refusal(*args)
+
+
+@pytest.fixture
+def models(small_bases, monkeypatch):
+    """A model in fp32, a copy whose layers are composed as by transformers, and the calls of the kernel."""
+    ours = load_base(small_bases["mxfp4"], dtype=torch.float32)
+    assert all(type(layer) is FewRowsDecoderLayer for layer in ours.model.layers)
+    composed = deepcopy(ours)
+    for layer in composed.model.layers:
+        layer.register_forward_pre_hook(lambda *_: None)
+        layer.mlp.register_forward_pre_hook(lambda *_: None)
+    calls, take_step = [], FewRowsDecoderLayer._step
+
+    def counted(self, *args):
+        out = take_step(self, *args)
+        calls.extend([self] * (out is not None))
+        return out
+
+    monkeypatch.setattr(FewRowsDecoderLayer, "_step", counted)
+    return ours, composed, calls
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_steps_with_a_cache_compute_what_composed_layers_do(batch, models):
+    ours, _, calls = models
+    ids = torch.randint(0, 500, (batch, 14), generator=torch.Generator().manual_seed(0))
+    results = []
+    for model in models[:2]:
+        cache, before = DynamicCache(config=model.config), len(calls)
+        with torch.no_grad():
+            steps = [ids[:, :11], ids[:, 11:12], ids[:, 12:13]]
+            logits = [model(step, past_key_values=cache, use_cache=True).logits[:, -1] for step in steps]
+        results.append(torch.stack(logits))
+        # Two layers, two steps.
+        assert len(calls) - before == (4 if model is ours else 0)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_and_router_logits_are_returned(models):
+    ours, composed, calls = models
+    ids = torch.tensor([[5, 7, 11]])
+    with torch.no_grad():
+        found, wanted = (m(ids, output_hidden_states=True, output_router_logits=True) for m in (ours, composed))
+    assert len(found.hidden_states) == 3 and len(found.router_logits) == 2
+    torch.testing.assert_close(found.hidden_states, wanted.hidden_states, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.router_logits, wanted.router_logits, rtol=1e-4, atol=1e-4)
+    assert not calls
+    # transformers' hooks are still there, but record nothing any more.
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, found.logits, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2
+
+
+def test_parameters_that_changed_are_noticed(models):
+    ours, composed, calls = models
+    ids = torch.tensor([[5, 7, 11]])
+    with torch.no_grad():
+        before = ours(ids).logits
+        for model in (ours, composed):
+            attention, experts = model.model.layers[0].self_attn, model.model.layers[1].mlp.experts
+            attention.o_proj.weight.data = 3 * attention.o_proj.weight
+            experts.down_proj_bias = torch.nn.Parameter(experts.down_proj_bias + 1, requires_grad=False)
+            attention.sinks += 1
+        after, wanted = (model(ids).logits for model in (ours, composed))
+    assert len(calls) == 4 and (after - before).abs().max() > 0.1
+    torch.testing.assert_close(after, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_without_the_kernel_layers_are_composed_of_others(models, monkeypatch):
+    ours, composed, calls = models
+    monkeypatch.setattr(dispatch.decoder_layer, "implementations", ())
+    others, kernel = [], dispatch.attention_inputs
+    monkeypatch.setattr(few_rows, "attention_inputs", lambda *args: others.append(args) or kernel(*args))
+    with torch.no_grad():
+        results = [model(torch.tensor([[5, 7, 11]])).logits for model in (ours, composed)]
+    assert not calls and len(others) == 4
+    assert torch.equal(*results)
+
+
+def test_other_caches_are_left_to_transformers(models):
+    ours, composed, calls = models
+    results = []
+    for model in (ours, composed):
+        cache = StaticCache(config=model.config, max_cache_len=8)
+        with torch.no_grad():
+            steps = [torch.tensor([[5, 7, 11]]), torch.tensor([[13]])]
+            results.append([model(step, past_key_values=cache, use_cache=True).logits for step in steps])
+    assert not calls
+    torch.testing.assert_close(*results)
+
+
+def test_layers_with_a_hook_an_adapter_or_a_gradient_are_composed(models):
+    ours, _, calls = models
+    ids, layer = torch.tensor([[5]]), ours.model.layers[0]
+    for module in (layer.mlp, layer.mlp.router, layer.mlp.experts, layer.self_attn.o_proj, layer.self_attn):
+        hook = module.register_forward_pre_hook(lambda *_: None)
+        with torch.no_grad():
+            ours(ids)
+        hook.remove()
+    assert len(calls) == 5  # the other layer's
+    # accelerate's hooks, as of a model that is offloaded, replace a module's forward.
+    for module in (layer.mlp, layer.self_attn.q_proj, layer.post_attention_layernorm):
+        told = []
+        add_hook_to_module(module, told_of(told))
+        with torch.no_grad():
+            ours(ids)
+        remove_hook_from_module(module)
+        assert len(told) == 1
+    assert len(calls) == 8
+    ours.model.embed_tokens.weight.requires_grad_()
+    ours(ids).logits.sum().backward()
+    assert len(calls) == 8
+
+
+def told_of(told):
+    """A hook of accelerate's that notes every call."""
+    hook = ModelHook()
+    hook.pre_forward = lambda module, *args, **kwargs: told.append(module) or (args, kwargs)
+    return hook
