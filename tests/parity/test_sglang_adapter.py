@@ -1,13 +1,27 @@
 """Adapters for SGLang, rebuilt as its loader does and compared with every expert's update.
 
-SGLang needs a GPU, so `as_sglang_loads` follows `lora.py`, `mem_pool.py`, `layers.py` and `lora_moe_runners.py` of
-0.5.23: modules are found by substrings of names, q, k and v are stacked, A of gate_up is doubled, the rows of gate and
-up in B interleaved, a factor of another rank than adapter_config.json's `r` is an error, `lora_alpha / r` scales all.
+SGLang computes on GPUs only, so `as_sglang_loads` follows `lora.py`, `mem_pool.py` and `layers.py` of 0.5.23, and
+`updates_of` the products of `lora_moe_runners.py`: modules are found by substrings of names, q, k and v are stacked, A
+of gate_up is doubled, the rows of gate and up in B interleaved, a factor of another rank than adapter_config.json's `r`
+is an error, `lora_alpha / r` scales B of experts in its buffer and the products of all others.
+
+What it loads it also loads without a GPU, and a slow test compares its buffers with those. It pins other versions than
+this package and needs CUDA's packages to serve, but not for that, so it has an environment of its own:
+
+    python3.11 -m venv sglang-env && sglang-env/bin/pip install --no-deps sglang==0.5.23
+    sglang-env/bin/pip install torch torchvision triton transformers setuptools aiohttp apache-tvm-ffi \\
+        compressed-tensors einops fastapi gguf ipython loguru msgspec nvidia-ml-py openai orjson partial-json-parser \\
+        pybase64 python-multipart pyzmq requests sentencepiece torch_memory_saver
+    GPTOSS_FT_SGLANG_PYTHON=sglang-env/bin/python pytest -m slow tests/parity/test_sglang_adapter.py
 """
 
 import json
+import os
 import re
 import shutil
+import socket
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,13 +35,17 @@ from gptoss_ft.export.sglang_adapter import export_adapter_sglang, read_adapter_
 from gptoss_ft.export.verify import open_export, verify_export
 from gptoss_ft.model.checkpoint import Checkpoint
 
+VARIABLE = "GPTOSS_FT_SGLANG_PYTHON"
+PYTHON = os.environ.get(VARIABLE)
+PROGRAM = Path(__file__).with_name("sglang_program.py")
+
 # Of its model: what `GptOssForCausalLM._lora_pattern_moe` wraps, and how names in `target_modules` are normalised.
 NORMALISED = {name: "qkv_proj" for name in ("q_proj", "k_proj", "v_proj")}
 NORMALISED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
 
 def as_sglang_loads(folder, spec):
-    """Updates by HF weight name, dense in fp64, from the buffers that SGLang would compute with."""
+    """The buffers that SGLang would compute with, by `MODULE.FACTOR.LAYER`, and the scaling, in fp64."""
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"].lower() == "lora" and not config["use_dora"]
     r, scaling = config["r"], config["lora_alpha"] / config["r"]
@@ -35,42 +53,55 @@ def as_sglang_loads(folder, spec):
     layers = [{} for _ in range(spec.num_hidden_layers)]
     for key, tensor in load_file(folder / "adapter_model.safetensors").items():
         layers[int(re.search(r"layers\.(\d+)\.", key)[1])][key] = tensor.double()
-    updates = {}
+    buffers = {"scaling": torch.tensor(scaling)}
     for number, weights in enumerate(layers):
-        prefix = f"model.layers.{number}"
         for key in [key for key in weights if "q_proj" in key]:
             parts = [weights.pop(key.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
             weights[key.replace("q_proj", "qkv_proj")] = torch.cat(parts)
         for key in [key for key in weights if "gate_up_proj" in key and "lora_A" in key]:
             weights[key] = torch.cat((weights[key], weights[key]), dim=-2)
-        buffers = {}
+        for key in [key for key in weights if "gate_up_proj" in key and "lora_B" in key]:
+            weights[key] = torch.stack(weights[key].chunk(2, dim=1), dim=2).flatten(1, 2)
         for key, tensor in weights.items():
             found = [target for target in targets if target in key]
             assert found, f"{key} would be skipped with a warning"
+            module, factor = max(found, key=len), "A" if "lora_A" in key else "B"
             is_experts = "experts" in key
             assert tensor.dim() == (3 if is_experts else 2)
-            buffers.setdefault(max(found, key=len), {})["A" if "lora_A" in key else "B"] = tensor
-        for module, factors in buffers.items():
             slices = {"qkv_proj": 3, "gate_up_proj": 2}.get(module, 1)
-            assert factors["A"].shape[-2] == slices * r and factors["B"].shape[-1] == r
-            if module in ("gate_up_proj", "down_proj"):
+            assert tensor.shape[-2 if factor == "A" else -1] == (slices * r if factor == "A" else r)
+            if is_experts:
                 # The experts are wrapped where both are targets.
                 assert {"gate_up_proj", "down_proj"} <= targets
-        if "qkv_proj" in buffers:
-            A, B = buffers["qkv_proj"]["A"], buffers["qkv_proj"]["B"]
-            for part, (name, rows) in enumerate(spec_rows(spec).items()):
-                updates[f"{prefix}.self_attn.{name}.weight"] = scaling * B[rows] @ A[part * r : (part + 1) * r]
-        if "o_proj" in buffers:
-            updates[f"{prefix}.self_attn.o_proj.weight"] = scaling * buffers["o_proj"]["B"] @ buffers["o_proj"]["A"]
-        if "gate_up_proj" in buffers:
-            A, B = buffers["gate_up_proj"]["A"], buffers["gate_up_proj"]["B"] * scaling
-            half = B.shape[1] // 2
-            interleaved = torch.stack((B[:, :half], B[:, half:]), dim=2).flatten(1, 2)
-            # One product for the first half of the interleaved rows, another for the second: their A must be the same.
-            products = interleaved[:, :half] @ A[:, :r], interleaved[:, half:] @ A[:, r:]
-            updates[f"{prefix}.mlp.experts.gate_up_proj"] = torch.cat(products, dim=1)
-        if "down_proj" in buffers:
-            updates[f"{prefix}.mlp.experts.down_proj"] = buffers["down_proj"]["B"] * scaling @ buffers["down_proj"]["A"]
+                tensor = tensor * (scaling if factor == "B" else 1)
+            buffers[f"{module}{'_moe' * is_experts}.{factor}.{number}"] = tensor
+    return buffers
+
+
+def updates_of(buffers, spec):
+    """Updates by HF weight name, dense in fp64, as products of the buffers."""
+    updates = {}
+    for number in range(spec.num_hidden_layers):
+        prefix = f"model.layers.{number}"
+        for module in ("qkv_proj", "o_proj", "gate_up_proj_moe", "down_proj_moe"):
+            if f"{module}.A.{number}" not in buffers:
+                continue
+            A, B = (buffers[f"{module}.{factor}.{number}"].double() for factor in "AB")
+            r = B.shape[-1]
+            if "moe" not in module:
+                B = B * buffers["scaling"].double()
+            if module == "qkv_proj":
+                for part, (name, rows) in enumerate(spec_rows(spec).items()):
+                    updates[f"{prefix}.self_attn.{name}.weight"] = B[rows] @ A[part * r : (part + 1) * r]
+            elif module == "o_proj":
+                updates[f"{prefix}.self_attn.o_proj.weight"] = B @ A
+            elif module == "down_proj_moe":
+                updates[f"{prefix}.mlp.experts.down_proj"] = B @ A
+            else:
+                # One product for the first half of the rows, another for the second, each with an A of its own.
+                half = B.shape[1] // 2
+                products = B[:, :half] @ A[:, :r], B[:, half:] @ A[:, r:]
+                updates[f"{prefix}.mlp.experts.gate_up_proj"] = torch.cat(products, dim=1)
     return updates
 
 
@@ -79,9 +110,10 @@ def spec_rows(spec):
     return {"q_proj": slice(0, q), "k_proj": slice(q, q + kv), "v_proj": slice(q + kv, q + 2 * kv)}
 
 
-def check(folder, adapter, spec):
+def check(folder, adapter, spec, buffers=None):
     """Every weight of the model is updated by scaling · B A, and the others by nothing."""
-    found, trained = as_sglang_loads(folder, spec), read_adapter(adapter, spec)
+    found = updates_of(as_sglang_loads(folder, spec) if buffers is None else buffers, spec)
+    trained = read_adapter(adapter, spec)
     assert any(trained[name].factors(0 if trained[name].A.dim() == 3 else None) for name in trained)
     for name, shape in weight_shapes(spec).items():
         delta = trained.get(name)
@@ -103,6 +135,23 @@ def test_every_expert_is_updated_as_trained(peer, tmp_path):
     assert shapes[f"{experts}.gate_up_proj.lora_B.weight"] == [E, 2 * K, r]
     assert shapes[f"{experts}.down_proj.lora_A.weight"] == [E, r, K]
     assert shapes[f"{experts}.down_proj.lora_B.weight"] == [E, H, r]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PYTHON is None, reason=f"{VARIABLE} names no interpreter with SGLang: see the head of this file")
+def test_sglang_fills_these_buffers(peer, tmp_path):
+    out = export_adapter_sglang(peer.adapter, tmp_path / "out", peer.base, progress=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (peer.bases["bf16"], out, port, tmp_path / "buffers.safetensors")
+    done = subprocess.run([PYTHON, PROGRAM, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, rebuilt = load_file(arguments[-1]), as_sglang_loads(out, peer.spec)
+    assert found.keys() == rebuilt.keys()
+    for name, wanted in rebuilt.items():
+        assert torch.equal(found[name].double(), wanted.double()), name
+    check(out, peer.adapter, peer.spec, found)
 
 
 CASES = {
