@@ -22,6 +22,10 @@ class Size:
     inputs: int
     outputs: int
     rank: int = 16
+    # The dtype of LoRA's factors; None: that of the rows. PEFT's are fp32 beside bf16 rows, unless told otherwise.
+    factors: torch.dtype | None = None
+    # Whether dense products have one.
+    bias: bool = True
     # Of attention: query heads for each key/value head, keys, and the window.
     heads: tuple[int, int] = (64, 8)
     head_dim: int = 64
@@ -49,9 +53,10 @@ class Draw:
         self.device, self.dtype = device, dtype
         self._generator = torch.Generator(device).manual_seed(0)
 
-    def normal(self, *shape: int) -> Tensor:
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         # Drawn in fp32, so that bf16 operands are rounded like those of training.
-        return torch.randn(shape, generator=self._generator, device=self.device, dtype=torch.float32).to(self.dtype)
+        drawn = torch.randn(shape, generator=self._generator, device=self.device, dtype=torch.float32)
+        return drawn.to(dtype or self.dtype)
 
     def whole(self, high: int, *shape: int) -> Tensor:
         """Integers from 0 up to `high`."""
@@ -118,7 +123,8 @@ def _dequantize_mxfp4(draw: Draw, size: Size) -> Call:
 
 def _grouped_dense(draw: Draw, size: Size) -> Call:
     T, E, I, O = sum(size.rows_E), len(size.rows_E), size.inputs, size.outputs
-    return Call((draw.normal(T, I), draw.normal(E, O, I), draw.normal(E, O), size.ends_E))
+    bias_EO = draw.normal(E, O) if size.bias else None
+    return Call((draw.normal(T, I), draw.normal(E, O, I), bias_EO, size.ends_E))
 
 
 def _grouped_dense_dx(draw: Draw, size: Size) -> Call:
@@ -239,18 +245,19 @@ def decoder_layer_work(size: Size, dtype: torch.dtype) -> Work:
 
 def _low_rank_down(draw: Draw, size: Size) -> Call:
     T, E, I = sum(size.rows_E), len(size.rows_E), size.inputs
-    return Call((draw.normal(T, I), draw.normal(E, size.rank, I), size.ends_E))
+    return Call((draw.normal(T, I), draw.normal(E, size.rank, I, dtype=size.factors), size.ends_E))
 
 
 def _low_rank_up_(draw: Draw, size: Size) -> Call:
     T, E, O, R = sum(size.rows_E), len(size.rows_E), size.outputs, size.rank
-    return Call((draw.normal(T, O), draw.normal(T, R).float(), draw.normal(E, R, O), 0.5, size.ends_E))
+    h_TR, factor_ERO = draw.normal(T, R, dtype=torch.float32), draw.normal(E, R, O, dtype=size.factors)
+    return Call((draw.normal(T, O), h_TR, factor_ERO, 0.5, size.ends_E))
 
 
 def _low_rank_gradient_(draw: Draw, size: Size) -> Call:
     T, E, I, R = sum(size.rows_E), len(size.rows_E), size.inputs, size.rank
-    d_factor_ERI = torch.full((E, R, I), torch.nan, dtype=draw.dtype, device=draw.device)
-    return Call((d_factor_ERI, draw.normal(T, R).float(), draw.normal(T, I), 0.5, size.ends_E))
+    d_factor_ERI = torch.full((E, R, I), torch.nan, dtype=size.factors or draw.dtype, device=draw.device)
+    return Call((d_factor_ERI, draw.normal(T, R, dtype=torch.float32), draw.normal(T, I), 0.5, size.ends_E))
 
 
 def _sink_attention(draw: Draw, size: Size) -> Call:
@@ -308,7 +315,8 @@ def _merge_mxfp4(draw: Draw, size: Size) -> Call:
 
 def _merge_bf16(draw: Draw, size: Size) -> Call:
     I, O, R = size.inputs, size.outputs, size.rank
-    return Call((draw.normal(O, I), draw.normal(R, I), draw.normal(O, R) * 2**-6, R**-0.5))
+    A_RI, B_OR = draw.normal(R, I, dtype=size.factors), draw.normal(O, R, dtype=size.factors) * 2**-6
+    return Call((draw.normal(O, I), A_RI, B_OR, R**-0.5))
 
 
 def merge_mxfp4_work(size: Size, dtype: torch.dtype) -> Work:

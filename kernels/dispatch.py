@@ -30,9 +30,9 @@ from gptoss_ft.kernels import (
     merging,
     reference,
 )
+from gptoss_ft.kernels.gpu import dense_experts, packed_experts
 from gptoss_ft.kernels.gpu import low_rank as gpu_low_rank
 from gptoss_ft.kernels.gpu import merging as gpu_merging
-from gptoss_ft.kernels.gpu import packed_experts
 from gptoss_ft.kernels.gpu import rows as gpu_rows
 from gptoss_ft.kernels.reference import BLOCK_SIZE, MXFP4Weight
 from gptoss_ft.kernels.registry import Implementation, Operation, short
@@ -48,11 +48,14 @@ FEW_AND_MANY_ROWS = (
 FUSED_AND_DECODED = tuple(
     partial(packed_experts.fusing_under, rows) for rows in (packed_experts.ALWAYS, packed_experts.NEVER)
 )
+# LoRA's factors in the dtype of the rows and in fp32. gpt-oss's features are multiples of 16, for which Triton compiles
+# other code than for odd ones.
+FACTORS = (cases.ODD, replace(cases.AWKWARD, factors=torch.float32))
 # LoRA's kernels in each of their tiles, and with sums in parts.
 RANKS_AND_PARTS = (
-    cases.ODD,
-    replace(cases.ODD, rows_E=(40, 0, 57), rank=70),
-    replace(cases.ODD, rows_E=(600,), inputs=1313),
+    *FACTORS,
+    *(replace(size, rows_E=(40, 0, 57), rank=70) for size in FACTORS),
+    *(replace(size, rows_E=(450,), inputs=3 * size.inputs) for size in FACTORS),
 )
 # Rows of one tile of columns and of several.
 FEW_AND_MANY_COLUMNS = (cases.ODD, replace(cases.ODD, outputs=2 * 1100))
@@ -83,6 +86,11 @@ def _triton(
     check_in: tuple[Callable[[], AbstractContextManager[None]], ...] = (nullcontext,),
 ) -> Implementation[P, R]:
     return Implementation("triton", function, "cuda", unavailable, refusal, check_sizes, check_in)
+
+
+def _grouped_mm(function: Callable[P, R], refusal: Callable[..., str]) -> Implementation[P, R]:
+    sizes = (replace(cases.AWKWARD, bias=False),)
+    return Implementation("grouped_mm", function, "cuda", dense_experts.unavailable, refusal, sizes)
 
 
 def _are_bytes(blocks: Tensor, scales: Tensor) -> bool:
@@ -158,11 +166,19 @@ grouped_linear_dx = Operation(
     cases.GROUPED_LINEAR_DX,
 )
 grouped_dense = Operation(
-    reference.grouped_dense, _library(cpu_gemm.grouped_dense, _refuses_dense, (cases.ODD,)), cases.GROUPED_DENSE
+    reference.grouped_dense,
+    (
+        _grouped_mm(dense_experts.grouped_dense, dense_experts.refusal),
+        *_library(cpu_gemm.grouped_dense, _refuses_dense, (cases.ODD,)),
+    ),
+    cases.GROUPED_DENSE,
 )
 grouped_dense_dx = Operation(
     reference.grouped_dense_dx,
-    _library(cpu_gemm.grouped_dense_dx, _refuses_dense, (cases.ODD,)),
+    (
+        _grouped_mm(dense_experts.grouped_dense_dx, dense_experts.refuses_dx),
+        *_library(cpu_gemm.grouped_dense_dx, _refuses_dense, (cases.ODD,)),
+    ),
     cases.GROUPED_DENSE_DX,
 )
 linear = Operation(
@@ -213,7 +229,7 @@ low_rank_down = Operation(
     reference.low_rank_down,
     (
         _triton(gpu_low_rank.low_rank_down, gpu_low_rank.unavailable, _refuses_dtypes, RANKS_AND_PARTS),
-        *_library(cpu_experts.low_rank_down, _refuses_dtypes, (cases.ODD,)),
+        *_library(cpu_experts.low_rank_down, _refuses_dtypes, FACTORS),
     ),
     cases.LOW_RANK_DOWN,
 )
@@ -221,7 +237,7 @@ low_rank_up_ = Operation(
     reference.low_rank_up_,
     (
         _triton(gpu_low_rank.low_rank_up_, gpu_low_rank.unavailable, _refuses_dtypes, RANKS_AND_PARTS),
-        *_library(cpu_experts.low_rank_up_, _refuses_dtypes, (cases.ODD,)),
+        *_library(cpu_experts.low_rank_up_, _refuses_dtypes, FACTORS),
     ),
     cases.LOW_RANK_UP_,
 )
@@ -229,7 +245,7 @@ low_rank_gradient_ = Operation(
     reference.low_rank_gradient_,
     (
         _triton(gpu_low_rank.low_rank_gradient_, gpu_low_rank.unavailable, _refuses_dtypes, RANKS_AND_PARTS),
-        *_library(cpu_experts.low_rank_gradient_, _refuses_dtypes, (cases.ODD,)),
+        *_library(cpu_experts.low_rank_gradient_, _refuses_dtypes, FACTORS),
     ),
     cases.LOW_RANK_GRADIENT_,
 )
@@ -286,8 +302,8 @@ merge_mxfp4_dithered = Operation(
 merge_bf16 = Operation(
     merging.merge_bf16,
     (
-        _triton(gpu_merging.merge_bf16, gpu_merging.unavailable, cpu_merging.refuses_bf16, (cases.ODD,)),
-        *_library(cpu_merging.merge_bf16, cpu_merging.refuses_bf16, (cases.ODD,)),
+        _triton(gpu_merging.merge_bf16, gpu_merging.unavailable, cpu_merging.refuses_bf16, FACTORS),
+        *_library(cpu_merging.merge_bf16, cpu_merging.refuses_bf16, FACTORS),
     ),
     cases.MERGE_BF16,
     exact=True,

@@ -268,9 +268,9 @@ def _frozen_product(x_NI: Tensor, projection: ExpertProjection, ends_E: Sequence
         return dispatch.grouped_linear(x_NI, projection.weight, projection.bias_EO, ends_E)
     # Stored [E, in, out], it is the operand of a product with the other orientation.
     y_NO = dispatch.grouped_dense_dx(x_NI, projection.weight, ends_E)
-    biases = zip(y_NO.split(_sizes(ends_E)), projection.bias_EO.unbind(0), strict=True)
-    for rows, bias_O in biases:
-        rows += bias_O
+    # A bias is an update of rank one, so all experts' are added in one call.
+    ones_N1 = y_NO.new_ones(len(y_NO), 1, dtype=reference.accurate(y_NO.dtype))
+    dispatch.low_rank_up_(y_NO, ones_N1, projection.bias_EO[:, None], 1.0, ends_E)
     return y_NO
 
 

@@ -311,6 +311,33 @@ def test_every_code_path_that_has_a_size_is_checked():
     assert product(both).choose(*operands()).implementation == "torch"
 
 
+@pytest.mark.parametrize(
+    ("operation", "factor"),
+    [
+        (dispatch.low_rank_down, 1),
+        (dispatch.low_rank_up_, 2),
+        (dispatch.low_rank_gradient_, 0),
+        (dispatch.merge_bf16, 1),
+    ],
+    ids=lambda given: getattr(given, "name", ""),
+)
+def test_lora_is_checked_with_fp32_factors_beside_bf16_rows(operation, factor):
+    """Those are the factors of training, and other code runs for them than for bf16 ones."""
+
+    def wrong_in_fp32(*arguments):
+        changed = arguments[factor].dtype == torch.float32
+        if changed and factor:
+            arguments = (*arguments[:factor], 1.03 * arguments[factor], *arguments[factor + 1 :])
+        result = operation.reference(*arguments)
+        if changed and not factor:
+            arguments[0].mul_(1.03)
+        return result
+
+    for made in operation.implementations:
+        for function, passes in ((operation.reference, True), (wrong_in_fp32, False)):
+            assert operation._check(replace(made, function=function), CPU, BF16).passed == passes
+
+
 def scaled(x, y, *, factor):
     return x * y.sigmoid() * factor
 
@@ -527,13 +554,14 @@ def test_processes_that_write_at_once_leave_a_whole_file():
 
 
 @built
-def test_all_checks_of_the_cpu_take_well_under_a_third_of_a_second():
+def test_all_checks_of_the_cpu_take_well_under_a_second():
     verdicts.environment(CPU)  # reads the sources, once
     start = time.process_time()
     for operation in dispatch.OPERATIONS:
         for dtype in operation.dtypes:
             chosen_for(operation, dtype)
-    assert time.process_time() - start < 0.3
+    # 0.25 s on one thread here. Further threads only wait, but that counts too.
+    assert time.process_time() - start < 1
     assert len(verdicts._verdicts) == sum(len(operation.dtypes) for operation in dispatch.OPERATIONS)
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from gptoss_ft.kernels import cpu_library, reference
+from gptoss_ft.kernels import cpu_library, dispatch, reference, verdicts
 from gptoss_ft.kernels.experts import ExpertProjection, expert_block
+from gptoss_ft.kernels.gpu import dense_experts
 from gptoss_ft.kernels.low_rank import LowRank
 from gptoss_ft.kernels.reference import MXFP4Weight
 
@@ -106,6 +107,30 @@ def test_result_and_gradients_err_at_most_twice_as_much_as_plain_torch(case, ass
     layer = Layer(**case)
     ours, plain = layer.run(layer.block), layer.run(layer.plain)
     truth = layer.run(layer.plain, torch.float64)
+    for name, *results in zip(("out", *NAMES), ours, plain, truth, strict=True):
+        assert_as_exact_as_torch(*results, name)
+
+
+def test_dense_experts_run_as_on_a_gpu_and_err_at_most_twice_as_much_as_plain_torch(
+    monkeypatch, tmp_path, assert_as_exact_as_torch
+):
+    monkeypatch.setattr(verdicts, "_verdicts", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ran = []
+
+    def counted(function):
+        return lambda *arguments: ran.append(function) or function(*arguments)
+
+    for operation in (dispatch.grouped_dense, dispatch.grouped_dense_dx):
+        (made,) = (made for made in operation.implementations if made.name == "grouped_mm")
+        name, function = "as on a GPU", counted(made.function)
+        made = replace(made, name=name, function=function, device_type="cpu", unavailable=lambda *_: "")
+        monkeypatch.setattr(operation, "implementations", (made,))
+        assert operation.verdict(made, torch.device("cpu"), torch.bfloat16).passed
+    layer = Layer(dtype=torch.bfloat16, packed=False, factor_dtype=torch.float32)
+    ran.clear()
+    ours, plain, truth = layer.run(layer.block), layer.run(layer.plain), layer.run(layer.plain, torch.float64)
+    assert ran == 2 * [dense_experts.grouped_dense_dx] + 2 * [dense_experts.grouped_dense]
     for name, *results in zip(("out", *NAMES), ours, plain, truth, strict=True):
         assert_as_exact_as_torch(*results, name)
 

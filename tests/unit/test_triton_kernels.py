@@ -168,10 +168,21 @@ def test_self_checks_lead_through_every_tile_and_both_ways_whatever_is_set(
 
 
 def test_self_checks_of_lora_lead_through_every_tile_and_sums_in_parts(monkeypatch):
+    """With factors of both dtypes; fp32 ones, as training has them, in the alignment of gpt-oss's features.
+
+    For multiples of 16 Triton compiles other code.
+    """
     seen = []
-    monkeypatch.setattr(low_rank, "launch", lambda kernel, programs, *_, **constants: seen.append(constants))
-    num_parts = low_rank._num_parts
-    monkeypatch.setattr(low_rank, "_num_parts", lambda *numbers: seen.append(num_parts(*numbers)) or seen[-1])
+
+    def note(kernel, programs, *arguments, **constants):
+        given = dict(zip(kernel.arg_names, arguments, strict=False))
+        factor = given["factor"] if "factor" in given else given["d_factor"]
+        aligned = constants["I"] % 16 == 0 and all(stride % 16 == 0 for stride in factor.stride()[:-1])
+        seen.append((constants["T_"], constants["I_"], constants["R_"], factor.dtype, aligned))
+
+    num_parts, parts = low_rank._num_parts, []
+    monkeypatch.setattr(low_rank, "launch", note)
+    monkeypatch.setattr(low_rank, "_num_parts", lambda *numbers: parts.append(num_parts(*numbers)) or parts[-1])
     for dtype, down, up, gradient in (
         (torch.bfloat16, low_rank.DOWN_TILES, low_rank.UP_TILES, low_rank.GRADIENT_TILE),
         (torch.float32, *((low_rank.FP32_TILE,),) * 2, low_rank.FP32_TILE),
@@ -181,17 +192,15 @@ def test_self_checks_of_lora_lead_through_every_tile_and_sums_in_parts(monkeypat
             (dispatch.low_rank_up_, up),
             (dispatch.low_rank_gradient_, (gradient,)),
         ):
-            seen.clear()
+            seen.clear(), parts.clear()
             (triton,) = (made for made in operation.implementations if made.name == "triton")
             for size in triton.check_sizes:
                 triton.function(*operation.case.call(Draw(torch.device("cpu"), dtype), size).args)
-            constants = [each for each in seen if isinstance(each, dict)]
-            assert {(each["T_"], each["I_"]) for each in constants} == {tile[:2] for tile in tiles}
-            assert {each["R_"] for each in constants} == ({16, 64} if dtype == torch.bfloat16 else {16})
-            assert operation is dispatch.low_rank_up_ or {each > 1 for each in seen if isinstance(each, int)} == {
-                False,
-                True,
-            }
+            for factor in ((dtype, False), (torch.float32, True)):
+                found = [each for each in seen if each[3:] == factor]
+                assert {each[:2] for each in found} == {tile[:2] for tile in tiles}
+                assert {each[2] for each in found} == ({16, 64} if dtype == torch.bfloat16 else {16})
+            assert operation is dispatch.low_rank_up_ or {each > 1 for each in parts} == {False, True}
 
 
 def test_rows_per_expert_decide_between_the_two_ways(monkeypatch):
