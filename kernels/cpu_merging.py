@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gptoss_ft.kernels.cpu_library import DTYPES, INT, ISAS, LONG, POINTER, check, current_isa, function
+from gptoss_ft.kernels.layout import by_rank
 from gptoss_ft.kernels.merging import experts_with_rows
 from gptoss_ft.kernels.reference import MXFP4Weight
 
@@ -52,8 +53,7 @@ def _merge(
             part[expert] = base[expert]
     E, O, G = weight.scales_EOG.shape
     R = A_ERI.shape[1]
-    # Of PEFT's layout, in which the expert is the fastest dimension, this is the transposition of a matrix.
-    B_REO = B_EOR.permute(1, 2, 0).reshape(O, R * E).t().float().contiguous().mul(scaling)
+    B_REO = by_rank(B_EOR).float().mul(scaling)
     numbers = torch.tensor(adapted, dtype=torch.int64)
     # isa, threads, dithered, blocks and scales of the base, A, B, expert numbers, how many of them, experts, rows,
     # groups, rank, and the results

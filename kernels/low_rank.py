@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gptoss_ft.kernels import dispatch
+from gptoss_ft.kernels.layout import by_expert, by_rank
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def add_updates_(y_NO: Tensor, x_NI: Tensor, updates: Sequence[LowRank], ends_E:
     """Add what `updates` make of the rows `x` to `y`, in place; returns x·A^T of each, `[N, R]` in at least fp32."""
     h = inputs_by_A(x_NI, updates, ends_E)
     for update, h_NR in zip(updates, h, strict=True):
-        dispatch.low_rank_up_(y_NO, h_NR, _by_rank(update.B_EOR), update.scaling, ends_E, update.experts)
+        dispatch.low_rank_up_(y_NO, h_NR, by_rank(update.B_EOR).transpose(0, 1), update.scaling, ends_E, update.experts)
     return h
 
 
@@ -42,7 +43,8 @@ def backward(dy_NO: Tensor, updates: Sequence[LowRank], dx_NI: Tensor | None, en
     """The gradients of x·A^T of each update, whose parts in the gradient of x are added to `dx`."""
     dh = []
     for update in updates:
-        dh.append(dispatch.low_rank_down(dy_NO, _by_rank(update.B_EOR), ends_E, update.experts).mul_(update.scaling))
+        B_ERO = by_rank(update.B_EOR).transpose(0, 1)
+        dh.append(dispatch.low_rank_down(dy_NO, B_ERO, ends_E, update.experts).mul_(update.scaling))
         if dx_NI is not None:
             dispatch.low_rank_up_(dx_NI, dh[-1], update.A_ERI, 1.0, ends_E, update.experts)
     return dh
@@ -68,15 +70,6 @@ def factor_gradients(
             E, O, R = update.B_EOR.shape
             dB_REO = update.B_EOR.new_empty(R, E, O)
             dispatch.low_rank_gradient_(dB_REO.transpose(0, 1), h[i], dy_NO, update.scaling, ends_E, update.experts)
-            dB_EOR = dB_REO.flatten(0, 1).t().contiguous().view(O, R, E).permute(2, 0, 1)
+            dB_EOR = by_expert(dB_REO)
         gradients += [dA_ERI, dB_EOR]
     return gradients
-
-
-def _by_rank(B_EOR: Tensor) -> Tensor:
-    """B as `[E, R, O]` with contiguous rows of O.
-
-    Of PEFT's layout, in which the expert is the fastest dimension, this is the transposition of a matrix.
-    """
-    E, O, R = B_EOR.shape
-    return B_EOR.permute(1, 2, 0).reshape(O, R * E).t().contiguous().view(R, E, O).transpose(0, 1)

@@ -10,9 +10,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-# A step builds some tables in every layer and looks them up again in its backward pass. Most have a few KB,
-# but those of 131,072 tokens up to 400.
-NUM_TABLES = 256
+# A step builds some tables in every layer and looks them up again in its backward pass, or builds those again that were
+# dropped. Most have a few KB, but those of 131,072 tokens up to 400; of numbers alone, a layer of gpt-oss-120b has
+# twelve, for as many chunks of its weights.
+NUM_TABLES, NUM_TUPLES = 256, 1024
 
 
 class RowTile(Protocol):
@@ -57,9 +58,20 @@ def tile_for(tiles: Sequence[AnyTile], ends_E: Sequence[int]) -> AnyTile:
     return next((tile for tile in tiles if rows_per_expert <= tile.T_), tiles[-1])
 
 
-def tile_table(ends_E: Sequence[int], T_: int, where: torch.device, experts: Collection[int] | None = None) -> Tensor:
-    """(first row, number of rows, expert) for tiles of up to `T_` rows of one of `experts`: int32 `[N, 3]`."""
-    return _tile_table(tuple(ends_E), T_, _frozen(experts), where, _stream(where))
+def tile_table(
+    ends_E: Sequence[int],
+    T_: int,
+    where: torch.device,
+    experts: Collection[int] | None = None,
+    *,
+    kept: bool = True,
+) -> Tensor:
+    """(first row, number of rows, expert) for tiles of up to `T_` rows of one of `experts`: int32 `[N, 3]`.
+
+    `kept` if the backward pass needs it too.
+    """
+    build = _tile_table if kept else _tile_table.__wrapped__
+    return build(tuple(ends_E), T_, _frozen(experts), where, _stream(where))
 
 
 def range_table(ends_E: Sequence[int], where: torch.device, experts: Collection[int] | None = None) -> Tensor:
@@ -89,7 +101,7 @@ def _range_table(ends_E: tuple[int, ...], experts: frozenset[int] | None, where:
     return _copied(torch.tensor(_ranges(ends_E, experts), dtype=torch.int32, device="cpu"), where)
 
 
-@lru_cache(NUM_TABLES)
+@lru_cache(NUM_TUPLES)
 def _on_device(numbers: tuple[int, ...], where: torch.device, stream: int) -> Tensor:
     return _copied(torch.tensor(numbers, dtype=torch.int32, device="cpu"), where)
 

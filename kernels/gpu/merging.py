@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gptoss_ft.kernels.gpu import device
 from gptoss_ft.kernels.gpu.launch import ceil_div, launch, on_device
+from gptoss_ft.kernels.layout import by_rank
 from gptoss_ft.kernels.merging import experts_with_rows
 from gptoss_ft.kernels.reference import MXFP4Weight
 
@@ -69,8 +70,7 @@ def _merge(
     R = A_ERI.shape[1]
     if not adapted or not O * G:
         return merged
-    # Of PEFT's layout, in which the expert is the fastest dimension, this is the transposition of a matrix.
-    B_REO = B_EOR.permute(1, 2, 0).reshape(O, R * E).t().float().contiguous().mul(scaling)
+    B_REO = by_rank(B_EOR).float().mul(scaling)
     experts_N = on_device(adapted, A_ERI.device)
     programs = len(adapted) * ceil_div(O, PACKED_ROWS) * G
     arguments = (*weight, A_ERI.float().contiguous(), B_REO, experts_N, *merged, E, R)

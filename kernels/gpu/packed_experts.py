@@ -122,7 +122,7 @@ def grouped_linear(x_TI: Tensor, weight: MXFP4Weight, bias_EO: Tensor | None, en
         if bias_EO is None:
             y_TO[rows] = product_TO
         else:
-            tiles_N3 = tile_table(ends, BIAS_TILE_T, x_TI.device)
+            tiles_N3 = tile_table(ends, BIAS_TILE_T, x_TI.device, kept=False)
             programs = len(tiles_N3) * ceil_div(O, BIAS_TILE_O)
             arguments = (product_TO, bias_EO[experts], y_TO[rows], tiles_N3)
             launch(_kernels().add_bias_kernel, programs, *arguments, O=O, T_=BIAS_TILE_T, O_=BIAS_TILE_O)

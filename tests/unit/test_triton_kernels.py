@@ -226,6 +226,57 @@ def test_tables_name_every_row_of_the_adapted_experts_once_and_are_kept():
     assert launch.tile_table(tuple(ends), 2, cpu, frozenset({2, 1})) is launch.tile_table(ends, 2, cpu, [1, 2])
 
 
+def test_tables_are_kept_from_the_forward_to_the_backward_pass_of_every_layer(monkeypatch):
+    """In gpt-oss-120b, whose weights are decoded in twelve chunks a layer."""
+    num_layers, E, O, R, cpu = 36, 128, 32, 4, torch.device("cpu")
+    monkeypatch.setenv(packed_experts.FUSED_ROWS_VARIABLE, "0")
+    monkeypatch.setattr(packed_experts, "CHUNK_BYTES", 11 * O * 32 * 2)
+    for module in (packed_experts, low_rank):
+        monkeypatch.setattr(module, "launch", lambda *_, **__: None)
+    tables = (launch._tile_table, launch._range_table, launch._on_device)
+    for table in tables:
+        table.cache_clear()
+
+    def misses():
+        return [table.cache_info().misses for table in tables]
+
+    weight = packed_experts.MXFP4Weight(*(torch.zeros(E, O, 1, *rest, dtype=torch.uint8) for rest in ((16,), ())))
+    rows, h, factor = torch.zeros(600, O, dtype=torch.bfloat16), torch.zeros(600, R), torch.zeros(E, R, O)
+    layers = [torch.randint(E, (600,)).bincount(minlength=E).cumsum(0).tolist() for _ in range(num_layers)]
+    for ends in layers:
+        packed_experts.grouped_linear(rows, weight, torch.zeros(E, O), ends)
+        low_rank.low_rank_up_(rows, low_rank.low_rank_down(rows, factor, ends), factor, 1.0, ends)
+    low_rank.low_rank_gradient_(factor, h, rows, 1.0, layers[0])
+    (tiles, _, ends_of_chunks), before = misses(), misses()
+    assert (tiles, ends_of_chunks) == (num_layers, 12 * num_layers)
+    for ends in reversed(layers):
+        packed_experts.grouped_linear_dx(rows, weight, ends)
+        low_rank.low_rank_up_(rows, low_rank.low_rank_down(rows, factor, ends), factor, 1.0, ends)
+    assert misses() == before
+    # One that was dropped is built again.
+    dropped = launch.tile_table(layers[0], 16, cpu)
+    launch._tile_table.cache_clear()
+    again = launch.tile_table(layers[0], 16, cpu)
+    assert again is not dropped and torch.equal(again, dropped)
+
+
+def test_a_table_is_found_only_by_what_it_was_built_for_and_on_its_stream(monkeypatch):
+    cpu, meta, ends = torch.device("cpu"), torch.device("meta"), [3, 8]
+    monkeypatch.setattr(launch, "_copied", lambda table, where: table.to(where, copy=True))
+    found = []
+    for stream in (0, 7):
+        monkeypatch.setattr(launch, "_stream", lambda where, stream=stream: stream)
+        found += [
+            *(launch.tile_table(ends, 2, where) for where in (cpu, meta)),
+            *(launch.tile_table(*other, cpu) for other in ((ends, 4), ([4, 8], 2))),
+            *(launch.tile_table(ends, 2, cpu, experts) for experts in ({0}, {1})),
+            *(launch.range_table(ends, where) for where in (cpu, meta)),
+            *(launch.on_device(ends, where) for where in (cpu, meta)),
+        ]
+    assert len({id(table) for table in found}) == len(found)
+    assert [table.device for table in found[:2]] == [cpu, meta]
+
+
 def test_a_chunk_of_decoded_weights_stays_within_its_bytes_and_no_row_is_left_out(monkeypatch):
     shapes = []
     monkeypatch.setattr(packed_experts, "_dequantize_into", lambda out, *_: shapes.append(tuple(out.shape)))
