@@ -6,6 +6,7 @@ same graph compiled by torch, which these tests trace but cannot run.
 
 import gc
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -149,6 +150,32 @@ def test_lengths_may_differ_between_calls_but_heads_and_windows_stay_constants(m
     assert all(type(number) is type(size) is int for _, number, _, size in states)
     assert all(isinstance(length, torch.SymInt) for _, _, length, _ in states)
     assert any("133" in part.code for part in attend.modules() if isinstance(part, torch.fx.GraphModule))
+
+
+def test_new_documents_and_lengths_are_not_compiled_again(monkeypatch):
+    graphs = []
+
+    @cache
+    def recorded(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Tensor]:
+            graphs.append(graph)
+            return graph.forward
+
+        return torch.compile(function, fullgraph=True, backend=backend)
+
+    def step(length: int) -> None:
+        documents = torch.randint(-1, 3, (1, length)).sort(-1).values
+        q, k, v = (torch.randn(1, number, length, D, requires_grad=True) for number in (H, K, K))
+        sinks = torch.randn(H)
+        flex_attention.sink_attention(q, k, v, sinks, scaling=SCALING, window=7, documents_BS=documents)
+
+    monkeypatch.setattr(flex_attention, "_compiled", recorded)
+    torch.compiler.reset()
+    step(75), step(150)
+    known = len(graphs)
+    for length in (150, 161, 256, 640):
+        step(length)
+    assert 0 < known == len(graphs)
 
 
 @pytest.fixture
