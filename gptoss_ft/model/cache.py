@@ -21,27 +21,17 @@ class Room:
     def __init__(self, keys_BKSD: Tensor, values_BKSD: Tensor) -> None:
         B, K, S, D = keys_BKSD.shape
         self._states = tuple(t.new_empty(B, K, S + S // 4 + SPARE, D) for t in (keys_BKSD, values_BKSD))
-        self._filled = S
+        self._size, self.filled = self._states[0].shape[2], S
         for room, kept in zip(self._states, (keys_BKSD, values_BKSD), strict=True):
             room[:, :, :S] = kept
 
-    def ends_with(self, keys_BKSD: Tensor, values_BKSD: Tensor) -> bool:
-        """Whether these are its last positions."""
-        return all(map(self._is_end, self._states, (keys_BKSD, values_BKSD)))
-
-    def _is_end(self, room: Tensor, states: Tensor) -> bool:
-        start = self._filled - states.shape[2]
-        address = room.data_ptr() + start * room.stride(2) * room.itemsize
-        return states.data_ptr() == address and states.stride() == room.stride() and len(states) == len(room)
-
     def has(self, num_positions: int) -> bool:
         """Whether so many positions are free."""
-        return self._filled + num_positions <= self._states[0].shape[2]
+        return self.filled + num_positions <= self._size
 
-    def append(self, S: int, T: int) -> tuple[Tensor, Tensor]:
-        """The last S positions and T more, which nobody has written yet."""
-        start, self._filled = self._filled - S, self._filled + T
-        keys, values = (room[:, :, start : self._filled] for room in self._states)
+    def last(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """The keys and values that were filled last."""
+        keys, values = (room.narrow(2, self.filled - num_positions, num_positions) for room in self._states)
         return keys, values
 
 
@@ -51,13 +41,28 @@ class GrowingLayer(DynamicLayer):
     keys: Tensor
     values: Tensor
     _room: Room | None = None
+    # Keys and values that are the last in the room, if as many positions are filled.
+    _last: tuple[Tensor, Tensor, int] | None = None
 
     def extended(self, T: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, K, S + T, D]`, whose last T positions are the caller's to write."""
-        if self._room is None or not self._room.ends_with(self.keys, self.values) or not self._room.has(T):
-            self._room = Room(self.keys, self.values)
-        self.keys, self.values = self._room.append(self.keys.shape[2], T)
-        return self.keys, self.values
+        keys, values = self._extended(T)
+        self._keep(keys, values)
+        return keys, values
+
+    def _extended(self, T: int) -> tuple[Tensor, Tensor]:
+        S, room = self.keys.shape[2], self._room
+        keys, values, filled = self._last or (None, None, 0)
+        # Others that share the room, as a copy of this layer does, may have filled more of it.
+        goes_on = room is not None and self.keys is keys and self.values is values and room.filled == filled
+        if room is None or not goes_on or not room.has(T):
+            room = self._room = Room(self.keys, self.values)
+        room.filled += T
+        return room.last(S + T)
+
+    def _keep(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self._last = (keys, values, self._room.filled) if self._room else None
 
 
 class GrowingSlidingWindowLayer(DynamicSlidingWindowLayer, GrowingLayer):
@@ -65,9 +70,13 @@ class GrowingSlidingWindowLayer(DynamicSlidingWindowLayer, GrowingLayer):
 
     def extended(self, T: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the window before the new positions, and of those, which are the caller's to write."""
-        keys, values = GrowingLayer.extended(self, T)
+        keys, values = self._extended(T)
         self.cumulative_length += T
-        self.keys, self.values = (states[:, :, 1 - self.sliding_window :] for states in (keys, values))
+        before = self.sliding_window - 1
+        if keys.shape[2] <= before:
+            self._keep(keys, values)
+        else:
+            self._keep(*(states[:, :, -before:] for states in (keys, values)))
         return keys, values
 
 

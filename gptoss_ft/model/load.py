@@ -17,7 +17,7 @@ from gptoss_ft.kernels.dispatch import dequantize_mxfp4
 from gptoss_ft.model.attention import ATTENTION
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.experts import PackedExperts
-from gptoss_ft.model.few_rows import use_few_rows_layers
+from gptoss_ft.model.few_rows_layer import use_few_rows_layers
 from gptoss_ft.model.linear import use_frozen_linear
 
 PACKED = "mxfp4_packed"

@@ -6,7 +6,8 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssTopKRouter
 
 from gptoss_ft.kernels import cpu_norm, dispatch, reference
-from gptoss_ft.model.few_rows import FewRowsRMSNorm, FewRowsRouter, use_few_rows_layers
+from gptoss_ft.model.few_rows import FewRowsRMSNorm, FewRowsRouter
+from gptoss_ft.model.few_rows_layer import use_few_rows_layers
 
 EPSILON = 1e-5
 

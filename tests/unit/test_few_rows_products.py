@@ -11,7 +11,8 @@ from gptoss_ft.kernels import cpu_few_rows, cpu_gemm, dispatch, reference
 from gptoss_ft.kernels.cases import Draw
 from gptoss_ft.model import few_rows
 from gptoss_ft.model.attention import ATTENTION
-from gptoss_ft.model.few_rows import FewRowsAttention, use_few_rows_layers
+from gptoss_ft.model.few_rows import FewRowsAttention
+from gptoss_ft.model.few_rows_layer import use_few_rows_layers
 from gptoss_ft.model.linear import use_frozen_linear
 
 
