@@ -49,4 +49,6 @@ def grouped_dense_dx(dy_TO: Tensor, w_EOI: Tensor, ends_E: Sequence[int]) -> Ten
 
 
 def _grouped_mm(rows: Tensor, weights: Tensor, ends_E: Sequence[int]) -> Tensor:
+    if not len(rows):
+        return rows.new_empty(0, weights.shape[2])
     return F.grouped_mm(rows.contiguous(), weights, offs=on_device(ends_E, rows.device))

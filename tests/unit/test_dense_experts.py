@@ -28,6 +28,13 @@ def test_products_err_at_most_twice_as_much_as_plain_torch(rows, strided, assert
     )
 
 
+def test_no_rows_are_not_multiplied(monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", None)
+    rows, w = torch.empty(0, 32).bfloat16(), torch.randn(2, 16, 32).bfloat16()
+    assert dense_experts.grouped_dense(rows, w, None, [0, 0]).shape == (0, 16)
+    assert dense_experts.grouped_dense_dx(rows[:, :16], w, [0, 0]).shape == (0, 32)
+
+
 def test_what_grouped_mm_cannot_take_is_refused_in_words():
     x, w, ends = torch.randn(5, 32).bfloat16(), torch.randn(2, 16, 32).bfloat16(), [2, 5]
     shifted = torch.cat((x.flatten()[:1], x.flatten()))[1:].view_as(x)
