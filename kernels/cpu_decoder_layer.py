@@ -1,11 +1,12 @@
-"""A whole layer, for the few tokens of a step of generation, in one call of the compiled library.
+"""Whole layers, for the few tokens of a step of generation, in one call of the compiled library.
 
 B rows · T tokens of each · H hidden · N query heads · K key/value heads · S keys · D head dimension · C half of it
 E experts · I intermediate · R rows of the rotation, B or one
 """
 
 import ctypes
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -99,6 +100,41 @@ def decoder_layer(
     Raises:
         ValueError: if shapes do not fit together, or there are fewer experts than are to be chosen.
     """
+    step = prepared(hidden_BTH, keys_BKSD, values_BKSD, cos_RTC, sin_RTC, weights, documents_BS)
+    run([step])
+    return step.out_BTH
+
+
+class Prepared(NamedTuple):
+    """A layer that is to be computed: what for and in which memory, in the terms of the library."""
+
+    common: tuple[int, int, int]
+    layer: _DecoderLayer
+    step: _Step
+    out_BTH: Tensor
+    # What the addresses in `step` are of.
+    operands: tuple[Any, ...]
+
+
+def run(steps: Sequence[Prepared]) -> None:
+    """Compute layers, in an order in which each finds its operands computed."""
+    # isa, threads, dtype, number of layers, layers, steps
+    types = (INT, INT, INT, LONG, POINTER, POINTER)
+    layers = (ctypes.POINTER(_DecoderLayer) * len(steps))(*(ctypes.pointer(step.layer) for step in steps))
+    in_order = (_Step * len(steps))(*(step.step for step in steps))
+    check(function("gptoss_ft_decoder_layers", *types)(*steps[0].common, len(steps), layers, in_order))
+
+
+def prepared(
+    hidden_BTH: Tensor,
+    keys_BKSD: Tensor,
+    values_BKSD: Tensor,
+    cos_RTC: Tensor,
+    sin_RTC: Tensor,
+    weights: LayerWeights,
+    documents_BS: Tensor | None = None,
+) -> Prepared:
+    """`decoder_layer` that nothing is computed of yet; the rows may be the output of another that is not either."""
     layer = _layers.get(weights)
     if layer is None:
         layer = _layers[weights] = _checked(weights)
@@ -126,10 +162,8 @@ def decoder_layer(
         None if documents_BS is None else documents_BS.data_ptr(),
         out_BTH.data_ptr(),
     )
-    # isa, threads, dtype, layer, step
-    types = (INT, INT, INT, ctypes.POINTER(_DecoderLayer), ctypes.POINTER(_Step))
-    check(function("gptoss_ft_decoder_layer", *types)(*common(hidden_BTH.dtype), layer, step))
-    return out_BTH
+    operands = (hidden_BTH, keys_BKSD, values_BKSD, cos_RTC, sin_RTC, weights, documents_BS)
+    return Prepared(common(hidden_BTH.dtype), layer, step, out_BTH, operands)
 
 
 def _checked(of: LayerWeights) -> _DecoderLayer:

@@ -14,6 +14,7 @@ from transformers.utils import output_capturing
 
 from gptoss_ft.kernels.cpu_library import MAX_TOKENS
 from gptoss_ft.kernels.dispatch import attention_inputs, linear, rms_norm
+from gptoss_ft.model import pending
 from gptoss_ft.model.attention import ATTENTION, attention_forward
 from gptoss_ft.model.linear import FrozenLinear
 
@@ -23,6 +24,7 @@ class FewRowsRMSNorm(GptOssRMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., H] -> [..., H]`"""
+        pending.finish()
         if not has_few_rows(hidden_states, self):
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])

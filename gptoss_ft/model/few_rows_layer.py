@@ -10,19 +10,23 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from transformers import Cache
 from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssAttention,
     GptOssDecoderLayer,
     GptOssMLP,
+    GptOssModel,
     GptOssRMSNorm,
     GptOssTopKRouter,
 )
 
-from gptoss_ft.kernels.cpu_library import ISA_VARIABLE
+from gptoss_ft.kernels.cpu_decoder_layer import Prepared, prepared
+from gptoss_ft.kernels.cpu_library import ISA_VARIABLE, running_in
 from gptoss_ft.kernels.dispatch import decoder_layer
 from gptoss_ft.kernels.reference import LayerWeights, MXFP4Weight
 from gptoss_ft.kernels.registry import REFERENCE
+from gptoss_ft.model import pending
 from gptoss_ft.model.attention import ATTENTION, DocumentMask
 from gptoss_ft.model.cache import growing_layer
 from gptoss_ft.model.experts import PackedExperts
@@ -90,6 +94,7 @@ class FewRowsDecoderLayer(GptOssDecoderLayer):
                 step = (hidden_states, attention_mask, position_ids, past_key_values, position_embeddings)
                 if (out := self._step(kernel, *step)) is not None:
                     return out
+        pending.finish()
         return super().forward(
             hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
         )
@@ -123,7 +128,10 @@ class FewRowsDecoderLayer(GptOssDecoderLayer):
             keys, values = (_new_states(kernel.weights, hidden_BTH) for _ in range(2))
         else:
             keys, values = cached.extended(T)
-        return kernel.function(hidden_BTH, keys, values, *position_embeddings, kernel.weights, documents_BS)
+        step = kernel.function(hidden_BTH, keys, values, *position_embeddings, kernel.weights, documents_BS)
+        # A hook would read what is returned.
+        pending.compute(step, may_wait=is_plain(self, FewRowsDecoderLayer))
+        return step.out_BTH
 
 
 class _Kernel(NamedTuple):
@@ -134,7 +142,7 @@ class _Kernel(NamedTuple):
     parameters: tuple[tuple[dict[str, nn.Parameter | None], str, tuple[Any, ...]], ...]
     constants: dict[str, Any]
     weights: LayerWeights
-    function: Callable[..., Tensor]
+    function: Callable[..., Prepared]
     is_reference: bool
     layer_idx: int
 
@@ -200,7 +208,7 @@ def _found(layer: FewRowsDecoderLayer, hidden_BTH: Tensor, rotation: tuple[Tenso
         tuple(parameters),
         constants,
         weights,
-        choice.function,
+        running_in(choice.implementation.removeprefix("cpu/"), prepared),
         choice.implementation == REFERENCE,
         layer.self_attn.layer_idx,
     )
@@ -250,6 +258,25 @@ def use_few_rows_layers(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if kind := kinds.get(type(module)):
             model.set_submodule(name, _as(kind, module))
+    for module in model.modules():
+        if isinstance(module, GptOssModel):
+            module.register_forward_pre_hook(_before_layers)
+            module.register_forward_hook(_after_layers, always_call=True)
+
+
+def _before_layers(model: GptOssModel, _: tuple[Any, ...]) -> None:
+    """Let layers wait for each other if nothing else can see what they return before the norm that follows them."""
+    follow = (*((layer, FewRowsDecoderLayer) for layer in model.layers), (model.norm, FewRowsRMSNorm))
+    if all(is_plain(module, kind) for module, kind in follow) and not _has_global_hooks():
+        pending.begin()
+
+
+def _after_layers(model: GptOssModel, *_: object) -> None:
+    pending.end()
+
+
+def _has_global_hooks() -> bool:
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 def _as(kind: type[nn.Module], module: nn.Module) -> nn.Module:

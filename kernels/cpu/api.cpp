@@ -183,12 +183,16 @@ EXPORT int gptoss_ft_mixture(int isa, int threads, int dtype, const void* hidden
     });
 }
 
-EXPORT int gptoss_ft_decoder_layer(int isa, int threads, int dtype, const DecoderLayer* layer, const Step* step) {
+// One after the other, each of what the one before made of the tokens, if its step says so.
+EXPORT int gptoss_ft_decoder_layers(int isa, int threads, int dtype, int64_t count, const DecoderLayer* const* layers,
+                                    const Step* steps) {
     return status_of([&] {
-        const LayerKernels kernels{kernels_for(Isa(isa), DType(dtype), layer->dense),
-                                   kernels_for(Isa(isa), DType(dtype), kMXFP4), experts_for(isa, dtype, dtype),
-                                   attention_for(Isa(isa), DType(dtype))};
-        decoder_layer(isa, kernels, threads, *layer, DType(dtype), *step);
+        for (int64_t i = 0; i < count; ++i) {
+            const LayerKernels kernels{kernels_for(Isa(isa), DType(dtype), layers[i]->dense),
+                                       kernels_for(Isa(isa), DType(dtype), kMXFP4), experts_for(isa, dtype, dtype),
+                                       attention_for(Isa(isa), DType(dtype))};
+            decoder_layer(isa, kernels, threads, *layers[i], DType(dtype), steps[i]);
+        }
     });
 }
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from gptoss_ft.kernels import cpu_decoder_layer, dispatch, reference, selfcheck
 from gptoss_ft.kernels.cases import AWKWARD, DECODER_LAYER, Draw
-from gptoss_ft.model import few_rows
+from gptoss_ft.model import few_rows, pending
 from gptoss_ft.model.few_rows_layer import FewRowsDecoderLayer
 from gptoss_ft.model.load import load_base
 
@@ -266,3 +266,57 @@ def told_of(told):
     hook = ModelHook()
     hook.pre_forward = lambda module, *args, **kwargs: told.append(module) or (args, kwargs)
     return hook
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """How many layers each call of the library computes."""
+    counts, run = [], pending.run
+    monkeypatch.setattr(pending, "run", lambda steps: counts.append(len(steps)) or run(steps))
+    return counts
+
+
+def test_layers_of_a_forward_pass_are_computed_together(models, runs):
+    ours, _, _ = models
+    with torch.no_grad():
+        ours(torch.tensor([[5, 7, 11]]))
+        assert runs == [2]
+        # Not where something else may read what a layer returns.
+        states = torch.randn(1, 1, ours.config.hidden_size)
+        rotation = ours.model.rotary_emb(states, torch.tensor([[0]]))
+        first, second = (ours.model.layers[0](states, position_embeddings=rotation) for _ in range(2))
+    assert runs == [2, 1, 1] and torch.equal(first, second)
+
+
+def test_what_reads_the_output_of_a_layer_finds_it_computed(models, runs):
+    ours, composed, _ = models
+    ids = torch.tensor([[5, 7, 11]])
+    with torch.no_grad():
+        found, wanted = (model(ids, output_hidden_states=True).hidden_states for model in (ours, composed))
+        assert not runs
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        for register in (torch.nn.Module.register_forward_hook, torch.nn.Module.register_forward_pre_hook):
+            seen = []
+            hook = register(ours.model.layers[1], lambda _, args, *out, seen=seen: seen.append((args[0], *out)))
+            ours(ids)
+            hook.remove()
+            torch.testing.assert_close(seen[0][0], wanted[1], rtol=1e-4, atol=1e-4)
+        hook = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, args, out: seen.append(out) if module is ours.model.layers[0] else None
+        )
+        ours(ids)
+        hook.remove()
+        torch.testing.assert_close(seen[-1], wanted[1], rtol=1e-4, atol=1e-4)
+    assert runs == [1] * 6
+
+
+def test_a_forward_pass_that_failed_leaves_nothing_to_compute(models, runs, monkeypatch):
+    ours, _, _ = models
+    ids = torch.tensor([[5, 7, 11]])
+    with torch.no_grad():
+        wanted = ours(ids).logits
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(ours.model.layers[1], "_step", lambda *_: 1 / 0)
+            ours(ids)
+        assert torch.equal(ours(ids).logits, wanted)
+    assert runs == [2, 2]
