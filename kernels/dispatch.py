@@ -185,8 +185,14 @@ linear = Operation(
     reference.linear,
     _library(cpu_gemm.linear, _refuses_dense, (cases.ODD, replace(cases.ODD, rows_E=(3,)))),
     cases.LINEAR,
+    torch_on=("cuda",),
 )
-linear_dx = Operation(reference.linear_dx, _library(cpu_gemm.linear_dx, _refuses_dense, (cases.ODD,)), cases.LINEAR_DX)
+linear_dx = Operation(
+    reference.linear_dx,
+    _library(cpu_gemm.linear_dx, _refuses_dense, (cases.ODD,)),
+    cases.LINEAR_DX,
+    torch_on=("cuda",),
+)
 clamped_swiglu = Operation(
     reference.clamped_swiglu,
     (

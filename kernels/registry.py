@@ -6,7 +6,7 @@ always; `dispatch` lists the operations.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
@@ -94,6 +94,7 @@ class Operation(Generic[P, R]):
         dtypes: what it computes in during training, for `gptoss-ft doctor`.
         exact: implementations must give the bits of the reference.
         differentiable: autograd goes through the reference and all implementations, and the check includes gradients.
+        torch_on: types of devices on which plain torch is the vendor's kernel, so that no other one is missed.
     """
 
     def __init__(
@@ -105,9 +106,10 @@ class Operation(Generic[P, R]):
         dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32),
         exact: bool = False,
         differentiable: bool = False,
+        torch_on: Collection[str] = (),
     ) -> None:
         self.reference, self.implementations, self.case, self.dtypes = reference, implementations, case, dtypes
-        self.exact, self.differentiable = exact, differentiable
+        self.exact, self.differentiable, self.torch_on = exact, differentiable, torch_on
         self.name = self.__name__ = reference.__name__
         self.__doc__ = reference.__doc__
         self._told: set[Choice[P, R]] = set()
@@ -144,7 +146,7 @@ class Operation(Generic[P, R]):
                         break
                     reason, failed = verdict.reason, True
             refused.append(Refused(implementation.name, reason, failed))
-        if name == REFERENCE and not refused:
+        if name == REFERENCE and not refused and device.type not in self.torch_on:
             refused.append(Refused(NO_KERNEL, f"there is none for {device.type} yet"))
         return Choice(name, function, device, dtype, tuple(refused))
 

@@ -186,6 +186,17 @@ def test_a_device_that_nobody_wrote_kernels_for_is_one_warning_and_no_word_of_sl
     assert told == [("WARNING", "clamped_swiglu "), ("INFO", "linear ")]
 
 
+def test_where_torch_is_the_kernel_of_the_device_none_is_missed(monkeypatch, caplog):
+    x, weight, bias, ends = operands()
+    far = x.to("meta"), MXFP4Weight(*(part.to("meta") for part in weight)), bias.to("meta"), ends
+    operation = product(implementation("fast", reference.grouped_linear))
+    monkeypatch.setattr(operation, "torch_on", ("meta",))
+    assert operation.choose(*far).refused == ()
+    operation(*far)
+    assert not caplog.records
+    assert set(dispatch.linear.torch_on) == set(dispatch.linear_dx.torch_on) == {"cuda"}
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 16), (3, 16), (0, 16)])
 def test_dispatched_decode_keeps_the_shape_and_errors_of_the_reference(shape):
     blocks = torch.randint(0, 256, shape, dtype=torch.uint8)
