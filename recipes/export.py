@@ -1,7 +1,7 @@
 """From a finished run to a folder that a server loads."""
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import count
@@ -13,6 +13,7 @@ from gptoss_ft.adapters.save import load_adapter
 from gptoss_ft.config.catalog import rows_fault
 from gptoss_ft.config.load import compose_train_config
 from gptoss_ft.config.schema import MIN_FIDELITY, ExportCommand, Rounding, TrainConfig
+from gptoss_ft.data.sample import Sample
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.absorb import RULES as ABSORB_RULES
 from gptoss_ft.export.adapter import export_adapter, read_adapter
@@ -46,6 +47,10 @@ from gptoss_ft.training.run_folder import RunFolder, write_json
 
 # Those whose next token carries loss; the logits of one are 0.8 MB for each of three models.
 FIDELITY_POSITIONS = 256
+
+# Errors at tokens of a prompt reach what is emitted through attention alone. Where they counted in full, an update of
+# 1 % kept 61 % of its gain in loss, not 68 %, and the mean KL was a quarter larger.
+PROMPT_WEIGHT = 0.1
 
 ADAPTER_FORMATS: dict[str, Callable[[Path, Path, Checkpoint], Path]] = {
     "adapter": export_adapter,
@@ -302,28 +307,35 @@ def calibration(
     refuse_other_writers(out)
     samples = calibration_samples(config_of(run), chosen.num_tokens)
     q8_0 = q8_0_weights(spec, format)
-    journal = Journal(out, rounding_key(base, deltas, samples, chosen, q8_0))
+    ids, weights = [sample.input_ids for sample in samples], token_weights(samples)
+    journal = Journal(out, rounding_key(base, deltas, [*ids, *weights], chosen, q8_0))
     if journal.num_weights:
         print(f"going on with {journal.num_weights} expert weights that an interrupted export has rounded")
     model, _ = load_adapter(load_base(base.path), run.adapter)
-    print(f"calibrating on {sum(map(len, samples))} tokens of {len(samples)} samples")
+    print(f"calibrating on {sum(map(len, ids))} tokens of {len(samples)} samples")
     return Calibration(
         model,
         base,
         deltas,
-        samples,
+        ids,
         layers=chosen.layers,
         experts=chosen.experts,
         journal=journal,
         num_elements=num_elements(deltas, spec, chosen),
         q8_0=q8_0,
+        weights=weights,
     )
+
+
+def token_weights(samples: list[Sample]) -> list[list[float]]:
+    """How much each token counts that is calibrated on: fully where the next one is what the model emits."""
+    return [[1.0 if weight else PROMPT_WEIGHT for weight in (*sample.loss_weights[1:], 0.0)] for sample in samples]
 
 
 def rounding_key(
     base: Checkpoint,
     deltas: Mapping[str, LowRankDelta],
-    samples: list[list[int]],
+    samples: Sequence[Sequence[float]],
     chosen: Calibrated,
     q8_0: Collection[str] = (),
 ) -> str:
@@ -349,8 +361,8 @@ def num_elements(deltas: Mapping[str, LowRankDelta], spec: GptOssSpec, chosen: C
     return total
 
 
-def calibration_samples(cfg: TrainConfig, num_tokens: int) -> list[list[int]]:
-    """Token ids of whole training samples, drawn by the run's seed, of at most `num_tokens` tokens together."""
+def calibration_samples(cfg: TrainConfig, num_tokens: int) -> list[Sample]:
+    """Whole training samples, drawn by the run's seed, of at most `num_tokens` tokens together."""
     for path in cfg.data.path:
         if fault := rows_fault(path):
             raise UserError(f"{path}: {fault}; rounding=calibrated needs the run's training rows where they were")
@@ -358,12 +370,12 @@ def calibration_samples(cfg: TrainConfig, num_tokens: int) -> list[list[int]]:
     order = list(range(len(train)))
     Random(cfg.seed).shuffle(order)
     lengths = train.lengths
-    chosen: list[list[int]] = []
+    chosen: list[Sample] = []
     remaining = num_tokens
     for place in order:
         if lengths[place] <= remaining:
-            chosen.append(train[place].input_ids)
-            remaining -= len(chosen[-1])
+            chosen.append(train[place])
+            remaining -= int(lengths[place])
     if not chosen:
         shortest = lengths.min()
         raise UserError(f"the shortest training sample has {shortest} tokens: set calibration_tokens to that at least")

@@ -19,21 +19,25 @@ from gptoss_ft.kernels.reference import BLOCK_SIZE
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.mxfp4.calibrated import MIN_INPUTS
 
-_CORRECTED = re.compile(r"model\.layers\.(?P<layer>\d+)\.self_attn\.[qkv]_proj\.(weight|bias)")
+_CORRECTED = re.compile(r"model\.layers\.(?P<layer>\d+)\.(self_attn\.[qkv]_proj|mlp\.router)\.(weight|bias)")
 _WEIGHT = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<projection>\w+)")
 
 
 class Calibration:
     """Rounds the experts of `model` for their inputs, if asked in the order of its layers, as `MergedWeights` does.
 
-    Uses as many of torch's threads as there are when it is made. See `Streams` for the first four arguments and `q8_0`.
+    Uses as many of torch's threads as there are when it is made. See `Streams` for the first four arguments, `q8_0`
+    and `weights`.
 
     Args:
-        layers, experts: round experts of these numbers only, and correct the attention of these layers only; None
-            stands for all.
+        layers, experts: round experts of these numbers only, and correct attention and router of these layers only;
+            None stands for all.
         journal: where to keep what was rounded, and to take it from.
         num_elements: how many weights will be asked for, which is the whole of the progress bar and of the estimate
             that is printed; None shows neither.
+
+    Attributes:
+        few_inputs: see `Calibrate`.
     """
 
     def __init__(
@@ -48,14 +52,16 @@ class Calibration:
         journal: Journal | None = None,
         num_elements: int | None = None,
         q8_0: Collection[str] = (),
+        weights: Sequence[Sequence[float]] | None = None,
     ) -> None:
         self.num_threads = torch.get_num_threads()
-        self.streams = Streams(model, base, deltas, samples, q8_0, layers)
+        self.streams = Streams(model, base, deltas, samples, q8_0, layers, weights)
         self.has_experts = any(_WEIGHT.fullmatch(name) for name in deltas)
         # Of one projection, by its weight name.
         self.inputs: dict[str, PairedInputs] = {}
-        # Corrected ones of attention, by HF name: a few KB a layer.
+        # Corrected ones, by HF name: a few KB a layer.
         self.biases: dict[str, Tensor] = {}
+        self.few_inputs: dict[str, list[int]] = {}
         self.layers, self.experts = layers, experts
         self.last_layer = max(layers) if layers else base.spec.num_hidden_layers - 1
         self.journal = journal
@@ -79,12 +85,13 @@ class Calibration:
             self.inputs.clear()
             with torch_threads(self.num_threads):
                 self.inputs[name] = self.streams.inputs(projection)
-        trained_NK, merged_NK, left_NO = self.inputs[name].of(expert)
+        trained_NK, merged_NK, left_NO, weights_N = self.inputs[name].of(expert)
         if len(merged_NK) < MIN_INPUTS:
+            self.few_inputs.setdefault(name, []).append(expert)
             self.progress.skip(update)
             return None
         started = perf_counter()
-        rounded = round_paired(trained_NK, merged_NK, update, pool, self.num_threads, left_NO)
+        rounded = round_paired(trained_NK, merged_NK, update, pool, self.num_threads, left_NO, weights_N)
         if self.journal:
             self.journal.write(name, expert, update, rounded)
         self.progress.rounded(update, perf_counter() - started)

@@ -47,7 +47,7 @@ class LayerDistance:
 class OutputError:
     """Squared norms over inputs x of a weight: what is wrong with its outputs, (W' - W - D) x + b' - b, and D x itself.
 
-    Of biases b, those of experts and of attention may be corrected.
+    Of biases b, those of experts, attention and routers may be corrected.
     """
 
     error_sq: float = 0.0

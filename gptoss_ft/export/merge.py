@@ -1,6 +1,7 @@
 """Add low-rank updates to a checkpoint and write it, expert by expert, in the layout that a program reads."""
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,14 +42,17 @@ class MergeReport:
         updates: by HF weight name, over the experts that have an update, how it compares with what was written;
             also every expert stack that had to be rounded from bf16 to MXFP4.
         num_copied: tensors whose bytes are the base's.
-        num_calibrated, num_nearest: experts of packed stacks that were rounded for their inputs and to nearest; neither
-            counts dithered ones.
+        num_calibrated, num_nearest: weights of experts of packed stacks that were rounded for their inputs and to
+            nearest; neither counts dithered ones.
+        few_inputs: experts by HF weight name that would be among the former, had they more inputs; None if none was
+            to be.
         merged_training: training computed with the rounded weights, so that nothing is lost by rounding them.
         calibrated: `packed_digest` of the calibrated experts by HF weight name and number: no bound for single blocks
             holds there.
         corrected: `tensor_digest` by HF name of what calibration corrected for the sake of outputs: biases of experts,
-            weights and biases of attention.
-        rounding: how MXFP4 experts were rounded, dithered ones by the name of the rule; None if the format has none.
+            weights and biases of attention and routers.
+        rounding: how MXFP4 experts were rounded: "nearest", "calibrated", "calibrated and nearest" or the name of the
+            rule that dithered them; None if the format has none.
     """
 
     format: MergeFormat
@@ -60,6 +64,7 @@ class MergeReport:
     calibrated: dict[str, dict[int, str]] = field(default_factory=dict)
     corrected: dict[str, str] = field(default_factory=dict)
     rounding: str | None = None
+    few_inputs: dict[str, list[int]] | None = None
 
     def __str__(self) -> str:
         total = sum(self.updates.values(), UpdateStats())
@@ -74,19 +79,19 @@ class MergeReport:
             )
         if total.output_error is not None:
             lines.append(
-                f"{self.num_calibrated} of {self.num_calibrated + self.num_nearest} trained experts rounded for their "
-                f"inputs: on held-out ones their outputs are off by {total.output_error:.1%} of what the base's are"
+                f"{self.num_calibrated} of {self.num_calibrated + self.num_nearest} weights of trained experts rounded "
+                f"for their inputs: on held-out ones their outputs are off by {total.output_error:.1%} of what the "
+                "base's are"
             )
-        elif self.rounding == "calibrated" and not self.num_nearest:
+        elif self.few_inputs is not None and not self.num_nearest:
             lines.append("no expert has an update: rounding=calibrated had nothing to round")
-        elif self.rounding == "calibrated":
+        elif self.few_inputs is not None:
+            lines.append(f"none of {self.num_nearest} weights of trained experts was rounded for its inputs")
+        if self.num_nearest and self.few_inputs is not None:
+            lines.append(self._rounded_to_nearest(self.few_inputs))
+        if num_others := sum(".experts." not in name for name in self.corrected):
             lines.append(
-                f"none of {self.num_nearest} trained experts was rounded for its inputs: they are not among those "
-                f"chosen, or had fewer than {MIN_INPUTS}; raise calibration_tokens"
-            )
-        if num_attention := sum(".self_attn." in name for name in self.corrected):
-            lines.append(
-                f"{num_attention} weights and biases of attention corrected for what rounding left before them"
+                f"{num_others} weights and biases of attention and routers corrected for what rounding left before them"
             )
         dithered = [name for name in self.updates if self.rounding == DITHER_RULE and name.endswith(PROJECTIONS)]
         if dithered:
@@ -102,6 +107,20 @@ class MergeReport:
             )
         return "\n".join(lines)
 
+    def _rounded_to_nearest(self, few_inputs: dict[str, list[int]]) -> str:
+        """Why some experts were, in a calibrated merge."""
+        by_layer = Counter[str]()
+        for name, experts in few_inputs.items():
+            by_layer[name.split(".")[2]] += len(experts)
+        reasons = []
+        if by_layer:
+            layers = ", ".join(f"{count} in layer {layer}" for layer, count in by_layer.items())
+            num_few = by_layer.total()
+            reasons.append(f"{num_few} had fewer than {MIN_INPUTS} inputs ({layers}): raise calibration_tokens")
+        if num_others := self.num_nearest - by_layer.total():
+            reasons.append(f"{num_others} are not among the chosen layers and experts")
+        return f"{self.num_nearest} were rounded to nearest: {'; '.join(reasons)}"
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
@@ -111,6 +130,7 @@ class MergeReport:
             "num_tensors_copied": self.num_copied,
             "num_experts_calibrated": self.num_calibrated,
             "num_experts_to_nearest": self.num_nearest,
+            "experts_with_few_inputs": self.few_inputs,
             "calibrated_experts": {
                 name: {str(expert): digest for expert, digest in digests.items()}
                 for name, digests in self.calibrated.items()
@@ -176,6 +196,7 @@ def merge(
             weights.calibrated,
             {name: tensor_digest(bias) for name, bias in weights.biases.items()} | weights.corrected,
             _rounding(format, weights),
+            calibrate.few_inputs if calibrate else None,
         )
         if check:
             check(folder, report)
@@ -237,7 +258,11 @@ def _config(base: Checkpoint, format: Layout) -> bytes:
 def _rounding(format: MergeFormat, weights: MergedWeights) -> str | None:
     if format == "bf16" and not weights.merged_training:
         return None
-    return DITHER_RULE if weights.dithered and weights.packed else "calibrated" if weights.calibrate else "nearest"
+    if weights.dithered and weights.packed:
+        return DITHER_RULE
+    if not weights.num_calibrated:
+        return "nearest"
+    return "calibrated and nearest" if weights.num_nearest else "calibrated"
 
 
 def _error(stats: UpdateStats) -> float:

@@ -58,7 +58,13 @@ class Rounded(NamedTuple):
 
 
 class Calibrate(Protocol):
-    """How to round experts for their inputs, and what to correct for that."""
+    """How to round experts for their inputs, and what to correct for that.
+
+    Attributes:
+        few_inputs: experts that it did not round because they have too few inputs, by HF weight name.
+    """
+
+    few_inputs: dict[str, list[int]]
 
     def __call__(self, name: str, expert: int, update: PackedUpdate, pool: ThreadPoolExecutor) -> Rounded | None:
         """An expert of the stack with this HF weight name; None if it is to be rounded to nearest."""
@@ -74,9 +80,9 @@ class MergedWeights:
     """The tensors of base + updates, for as long as `pool` runs; `updates` grows as they are produced.
 
     Args:
-        calibrate: asked for every expert of a packed base that has an update and for every tensor of attention, in the
-            order of the layers; without it and where it says None, MXFP4 numbers are rounded to nearest, but for
-            `dithered` and `merged_training`.
+        calibrate: asked for every expert of a packed base that has an update and for every tensor of attention and
+            router, in the order of the layers; without it and where it says None, MXFP4 numbers are rounded to
+            nearest, but for `dithered` and `merged_training`.
         dithered: updated experts of a packed base are rounded to MXFP4 by `merge_mxfp4_dithered`.
         merged_training: so they are in the bf16 layout too, as training through the merge saw them.
         q8_0: HF names of the weights that the file will hold in ggml's 8 bits.
@@ -130,7 +136,7 @@ class MergedWeights:
             return
         for name, tensor in self.base.spec.tensors(layout).items():
             weight = name.removesuffix("_blocks")
-            if self.calibrate and (name.endswith("_bias") or ".self_attn." in name):
+            if self.calibrate and (name.endswith("_bias") or ".self_attn." in name or ".router." in name):
                 yield name, tensor, partial(self.linear, name)
             elif self.is_copied(name):
                 yield name, tensor, partial(self.base.copy, name)

@@ -7,7 +7,7 @@ left elsewhere for this expert to make good:
 1. What x' tells of the outputs T (x - x') + l that would be missing, found by ridge regression, is added to T.
 2. The mean of what is missing then goes into the bias, so that Q is rounded for inputs without their mean.
 
-Inputs that had no part in it judge both, row by row of the weight.
+Inputs that had no part in it judge both, row by row of the weight. Each input counts as its weight says.
 
 N inputs · M of them that judge · K columns · O out rows
 """
@@ -27,7 +27,7 @@ from gptoss_ft.mxfp4.round import UpdateStats, measure_update
 # See `best_ridge`.
 RIDGES = (1.0, 0.1, 0.01)
 # What decides a result beside the rounding itself, for those who keep results: raise the number when methods change.
-RULES = ("paired rounding 2", RIDGES)
+RULES = ("paired rounding 3", RIDGES)
 
 
 def round_paired(
@@ -37,14 +37,16 @@ def round_paired(
     pool: ThreadPoolExecutor,
     num_threads: int,
     left_NO: Tensor | None = None,
+    weights_N: Tensor | None = None,
 ) -> Rounded:
     """Round one expert for its inputs, which belong together row by row, in the trained and in the merged model.
 
     Args:
         left_NO: what its outputs are to make good beside, none if None.
+        weights_N: how much the squared error of each counts, above 0; all the same if None.
     """
     with torch_threads(num_threads):
-        rounding = PairedRounding(trained_NK, merged_NK, update, left_NO)
+        rounding = PairedRounding(trained_NK, merged_NK, update, left_NO, weights_N)
     blocks, scales, bias = (torch.empty_like(part) for part in (update.blocks, update.scales, update.bias))
 
     def round_rows(rows: slice) -> UpdateStats:
@@ -58,21 +60,32 @@ class PairedRounding:
     """Rounds rows of one expert's weight. See `round_paired`."""
 
     def __init__(
-        self, trained_NK: Tensor, merged_NK: Tensor, update: PackedUpdate, left_NO: Tensor | None = None
+        self,
+        trained_NK: Tensor,
+        merged_NK: Tensor,
+        update: PackedUpdate,
+        left_NO: Tensor | None = None,
+        weights_N: Tensor | None = None,
     ) -> None:
         self.update = update
         if left_NO is None:
             left_NO = torch.zeros(1, len(update.blocks)).expand(len(merged_NK), -1)
-        held_out, pairs = is_held_out(len(merged_NK)), (trained_NK, merged_NK, left_NO)
+        if weights_N is None:
+            weights_N = torch.ones(len(merged_NK))
+        held_out, pairs = is_held_out(len(merged_NK)), (trained_NK, merged_NK, left_NO, weights_N[:, None])
         fitted = [part[~held_out].float() for part in pairs]
-        self.trained_mean, self.merged_mean, self.left_mean = (part.mean(0) for part in fitted)
-        self.trained_MK, self.merged_MK, self.left_MO = judges = [part[held_out].float() for part in pairs]
+        shares = fitted[-1] / fitted[-1].sum()
+        self.trained_mean, self.merged_mean, self.left_mean = ((shares * part).sum(0) for part in fitted[:-1])
+        self.trained_MK, self.merged_MK, self.left_MO, self.weights_M1 = judges = [
+            part[held_out].float() for part in pairs
+        ]
         target_OK = update.target(slice(None))
 
-        def centred(trained: Tensor, merged: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-            """Inputs in the merged model, and what T would leave missing of their outputs."""
+        def centred(trained: Tensor, merged: Tensor, left: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+            """Inputs in the merged model and what T would leave missing of their outputs, times root weights."""
             merged = merged - self.merged_mean
-            return merged, (trained - self.trained_mean - merged) @ target_OK.T + (left - self.left_mean)
+            missing = (trained - self.trained_mean - merged) @ target_OK.T + (left - self.left_mean)
+            return merged * weights.sqrt(), missing * weights.sqrt()
 
         inputs, missing_NO = centred(*fitted)
         self.missing_OK = best_ridge((inputs, missing_NO), centred(*judges), RIDGES)
@@ -94,9 +107,14 @@ class PairedRounding:
         corrected = (base_bias.float() + missing).to(base_bias.dtype)
         outputs_MO = self.trained_MK @ target.T + self.left_MO[:, rows]
         wrong_MO = outputs_MO - self.merged_MK @ written.T
-        base_cost = (outputs_MO - self.merged_MK @ base.T).square().sum(0)
-        uncorrected_cost = wrong_MO.square().sum(0)
-        corrected_cost = (wrong_MO - (corrected.float() - base_bias.float())).square().sum(0)
+        base_cost, uncorrected_cost, corrected_cost = (
+            (self.weights_M1 * wrong.square()).sum(0)
+            for wrong in (
+                outputs_MO - self.merged_MK @ base.T,
+                wrong_MO,
+                wrong_MO - (corrected.float() - base_bias.float()),
+            )
+        )
         # Where neither is better than the base's row, it stays.
         is_corrected = corrected_cost < uncorrected_cost
         cost = torch.where(is_corrected, corrected_cost, uncorrected_cost)

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from gptoss_ft.adapters.experts import ExpertsLora
-from gptoss_ft.export.absorb import corrections
+from gptoss_ft.export.absorb import attention_corrections, router_correction
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.gguf_layout import through_q8_0
 from gptoss_ft.export.layerwise import first_states
@@ -33,17 +33,20 @@ class PairedInputs:
 
     Attributes:
         left: what else each row's output is to make good, `[N, out]`; None for nothing.
+        weights: how much each counts, `[N]`; all the same if None.
     """
 
     trained: Tensor
     merged: Tensor
     ends_E: Sequence[int]
     left: Tensor | None = None
+    weights: Tensor | None = None
 
-    def of(self, expert: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One expert's inputs in the trained and in the merged model, and what else is to be made good."""
+    def of(self, expert: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """One expert's inputs in the trained and in the merged model, what else is to be made good, and weights."""
         rows = slice(self.ends_E[expert - 1] if expert else 0, self.ends_E[expert])
-        return self.trained[rows], self.merged[rows], None if self.left is None else self.left[rows]
+        left, weights = (None if part is None else part[rows] for part in (self.left, self.weights))
+        return self.trained[rows], self.merged[rows], left, weights
 
 
 class Streams:
@@ -57,7 +60,8 @@ class Streams:
         deltas: its updates.
         samples: token ids of each calibration row; they are run one at a time, so there is no padding.
         q8_0: HF names of the weights outside the experts that the merged model's file holds in ggml's 8 bits.
-        layers: those whose attention is corrected, once experts were written; None stands for all.
+        layers: those whose attention and router are corrected, once experts were written; None stands for all.
+        weights: how much each token of each row counts for the experts; all the same if None.
 
     Attributes:
         corrected: weights and biases of the layer that was run last, as they are to be written, by HF name.
@@ -71,11 +75,13 @@ class Streams:
         samples: Sequence[Sequence[int]],
         q8_0: Collection[str] = (),
         layers: Collection[int] | None = None,
+        weights: Sequence[Sequence[float]] | None = None,
     ) -> None:
         model = trained.get_base_model()
         self.trained_layers, self.merged_layers = list(model.model.layers), list(load_base(base.path).model.layers)
         self.deltas, self.q8_0 = deltas, q8_0
         self.layers = layers
+        self.weights_T = None if weights is None else torch.tensor([weight for row in weights for weight in row])
         self.number = -1
         # By row: what the next layer is given, of the merged model what its experts' outputs are added to.
         self.trained, self.arguments = first_states(model, samples, torch.bfloat16)
@@ -95,12 +101,14 @@ class Streams:
         self.number += 1
         arguments = [by_layer[self.number] for by_layer in self.arguments]
         layer = self._open_merged()
-        self._correct(layer)
+        self.corrected = {}
+        self.correct_attention(layer)
         self._narrow(layer)
         self.trained = self.trained_experts.run(self.trained_layers[self.number], self.trained, arguments)
         experts, layer.mlp.experts = layer.mlp.experts, _NoExperts()
         self.merged = self.merged_experts.run(layer, self.merged, arguments)
         layer.mlp.experts = experts
+        self.correct_router(layer)
 
     @torch.no_grad()
     def inputs(self, projection: str) -> PairedInputs:
@@ -117,7 +125,8 @@ class Streams:
         hidden_TH, *_ = self.trained_experts.joined()
         trained, ends_E = projection_inputs(experts, hidden_TH, experts_TK, low_rank)
         left = self._left(hidden_TH, experts_TK, routing_TK) if projection == "down_proj" else None
-        return PairedInputs(trained[projection], merged[projection], ends_E, left)
+        weights = None if self.weights_T is None else _by_expert(self.weights_T, experts_TK)
+        return PairedInputs(trained[projection], merged[projection], ends_E, left, weights)
 
     def _left(self, hidden_TH: Tensor, experts_TK: Tensor, routing_TK: Tensor) -> Tensor:
         """What a token still lacks for the trained layer's output if its experts put out what the trained ones do.
@@ -127,8 +136,7 @@ class Streams:
         out_TH = self.trained_layers[self.number].mlp.experts(hidden_TH, experts_TK, routing_TK)
         wanted_TH, before_TH = (torch.cat(rows, 1)[0] for rows in (self.trained, self.merged))
         left_TH = (wanted_TH.float() - before_TH.float() - out_TH.float()).to(out_TH.dtype)
-        order_N = experts_TK.reshape(-1).argsort(stable=True)
-        return left_TH[order_N // experts_TK.shape[1]]
+        return _by_expert(left_TH, experts_TK)
 
     def write(self, projection: str, expert: int, rounded: Rounded) -> None:
         """What one expert of this layer is in the merged model, if not the base's."""
@@ -150,15 +158,38 @@ class Streams:
             self._replace(parameter, parameter.data.clone() if merged is None else merged)
         return layer
 
-    def _correct(self, layer: nn.Module) -> None:
+    @property
+    def is_corrected(self) -> bool:
+        """Whether rounding has left anything that this layer is to be corrected for."""
+        return self.is_rounded and (self.layers is None or self.number in self.layers)
+
+    def correct_attention(self, layer: nn.Module) -> None:
         """Note what is corrected of the layer's attention, and put it in."""
-        self.corrected = {}
-        if not self.is_rounded or not (self.layers is None or self.number in self.layers):
+        if self.is_corrected:
+            self._put(attention_corrections(self.trained_layers[self.number], layer, self.trained, self.merged))
+
+    def correct_router(self, layer: nn.Module) -> None:
+        """The same of the router, which then chooses again."""
+        if not self.is_corrected:
             return
-        found = corrections(self.trained_layers[self.number], layer, self.trained, self.merged)
+        trained, merged = self.trained_layers[self.number].mlp.router, layer.mlp.router
+        trained_rows, merged_rows = (
+            [hidden_TH for hidden_TH, *_ in watched.calls] for watched in (self.trained_experts, self.merged_experts)
+        )
+        found = router_correction(trained, merged, trained_rows, merged_rows)
+        self._put({f"mlp.router.{part}": values for part, values in found.items()})
+        with torch.no_grad():
+            choices = [merged(hidden_TH) for hidden_TH in merged_rows]
+        self.merged_experts.calls = [
+            (hidden_TH, chosen_TK, scores_TK)
+            for hidden_TH, (_, scores_TK, chosen_TK) in zip(merged_rows, choices, strict=True)
+        ]
+
+    def _put(self, found: Mapping[str, Tensor]) -> None:
+        """Note tensors by their names in this layer, and put them in."""
         for name, values in found.items():
             self.corrected[f"model.layers.{self.number}.{name}"] = values
-            self._replace(layer.get_parameter(name), values)
+            self._replace(self.merged_layers[self.number].get_parameter(name), values)
 
     def _narrow(self, layer: nn.Module) -> None:
         """Leave of the layer's weights what the merged model's file does."""
@@ -179,6 +210,12 @@ class Streams:
         for parameter, data in reversed(self.mapped):
             parameter.data = data
         self.mapped.clear()
+
+
+def _by_expert(values_T: Tensor, experts_TK: Tensor) -> Tensor:
+    """What belongs to tokens, for the rows of their experts."""
+    order_N = experts_TK.reshape(-1).argsort(stable=True)
+    return values_T[order_N // experts_TK.shape[1]]
 
 
 def _through_q8_0(values: Tensor) -> Tensor:

@@ -278,15 +278,15 @@ def test_one_flipped_sign_in_a_copied_expert_fails(tmp_path):
 
 
 class OneExpert:
-    """A calibration that makes all numbers and the bias of one expert one, and changes a weight of attention."""
+    """A calibration that makes all numbers and the bias of one expert one, of a key's and a router's weight others."""
 
-    corrected_weight = "model.layers.1.self_attn.k_proj.weight"
+    corrected_weight, router = "model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.router.weight"
 
     def __init__(self, base):
-        self.base = base
+        self.base, self.few_inputs = base, {}
 
     def corrected(self, name):
-        return self.base.read(name) + 0.5 if name == self.corrected_weight else None
+        return self.base.read(name) + 0.5 if name in (self.corrected_weight, self.router) else None
 
     def __call__(self, name, expert, update, _):
         if (name, expert) != (gate_up(), 2):
@@ -301,7 +301,7 @@ def test_calibrated_experts_are_known_by_what_was_written(wide, tmp_path):
     """No block is near its target, and still one changed code or bias is found."""
     base = Checkpoint.open(wide.base)
     deltas, out = read_adapter(wide.adapter, base.spec), tmp_path / "mxfp4"
-    calibrate, key = OneExpert(base), OneExpert.corrected_weight
+    calibrate, key, router = OneExpert(base), OneExpert.corrected_weight, OneExpert.router
     report = merge(base, deltas, out, format="mxfp4", calibrate=calibrate, progress=False)
     # What the record says of a corrected weight is of what was written.
     up, down = deltas[key].factors()
@@ -312,13 +312,13 @@ def test_calibrated_experts_are_known_by_what_was_written(wide, tmp_path):
     written, before = (checkpoint.tensor(bias) for checkpoint in (Checkpoint.open(out), base))
     assert torch.equal(written[2], before[2] + 1) and torch.equal(written[:2], before[:2])
     # Nothing says that these are so on purpose.
-    assert {d.place for d in wide.verify(out).weights.outside} == {f"{gate_up()}, expert 2", bias, key}
+    assert {d.place for d in wide.verify(out).weights.outside} == {f"{gate_up()}, expert 2", bias, key, router}
     (out / "merge.json").write_text(json.dumps(report.to_dict()))
     verified = wide.verify(out)
     assert not verified.weights.outside and verified.weights.worst["calibrated"].worst > 0.4
     assert "known by hash" in str(verified)
 
-    for number, (name, damage) in enumerate([(f"{gate_up()}_blocks", 1), (bias, 2**-6), (key, 2**-6)]):
+    for number, (name, damage) in enumerate([(f"{gate_up()}_blocks", 1), (bias, 2**-6), (key, 2**-6), (router, 2**-6)]):
 
         def change(tensors, name=name, damage=damage):
             flat = tensors[name][2].view(-1)
@@ -337,7 +337,7 @@ def test_calibrated_experts_are_known_by_what_was_written(wide, tmp_path):
         noted = Noted(noted_in(out).experts, again.corrected)
         assert not check_weights(base, wide.adapter, contents, noted).outside
         outside = [w.place for w in check_weights(base, wide.adapter, contents, Noted(noted.experts)).outside]
-        assert bias in outside and key in outside
+        assert {bias, key, router} <= {*outside}
     flip_byte(tmp_path / "gguf_q8_0" / "model.gguf", "blk.1.attn_k.weight", 3)
     _, contents = open_export(base, tmp_path / "gguf_q8_0")
     assert [w.place for w in check_weights(base, wide.adapter, contents, noted).outside] == [key]

@@ -28,7 +28,14 @@ from gptoss_ft.kernels.merging import DITHER_RULE, merge_mxfp4, merge_mxfp4_dith
 from gptoss_ft.kernels.reference import MXFP4Weight, dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
-from gptoss_ft.recipes.export import Calibrated, calibration_samples, export_run, record_path, rounding_key
+from gptoss_ft.recipes.export import (
+    Calibrated,
+    calibration_samples,
+    export_run,
+    record_path,
+    rounding_key,
+    token_weights,
+)
 from gptoss_ft.recipes.samples import split_samples
 from gptoss_ft.recipes.verify import verify_run
 from gptoss_ft.training.run_folder import RunFolder
@@ -297,10 +304,14 @@ def test_calibration_samples_are_whole_and_within_the_budget(four_rows, tmp_path
     cfg = compose_train_config(words)
     train, held_out, _ = split_samples(cfg.data, cfg.seed)
     sizes = sorted(len(sample.input_ids) for sample in train)
-    everything = calibration_samples(cfg, sum(sizes))
+    everything = [sample.input_ids for sample in calibration_samples(cfg, sum(sizes))]
     assert sorted(map(len, everything)) == sizes
     assert not any(sample.input_ids in everything for sample in held_out)
     fewer = calibration_samples(cfg, sum(sizes) - 1)
-    assert len(fewer) == len(sizes) - 1 and all(ids in everything for ids in fewer)
+    assert len(fewer) == len(sizes) - 1 and all(sample.input_ids in everything for sample in fewer)
+    for sample, weights in zip(fewer, token_weights(fewer), strict=True):
+        emitted = [place for place, weight in enumerate(weights) if weight == 1]
+        assert [sample.labels[place + 1] for place in emitted] == [label for label in sample.labels if label != -100]
+        assert len(weights) == len(sample.input_ids) and 0 < min(weights) < 0.2
     with pytest.raises(UserError, match=f"the shortest training sample has {sizes[0]} tokens"):
         calibration_samples(cfg, sizes[0] - 1)

@@ -1,13 +1,16 @@
-"""Corrections of a layer's queries, keys and values for what the layers before it left."""
+"""Corrections of a layer's queries, keys and values, and of its router, for what the layers before it left."""
 
 import pytest
 import torch
 from torch import nn
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
-from gptoss_ft.export.absorb import corrections
+from gptoss_ft.export.absorb import attention_corrections, router_correction
 from gptoss_ft.export.ridge import best_ridge
 
 H, O, T = 48, 32, 40
+E, K = 16, 4
 PARTS = {f"self_attn.{name}_proj.{part}" for name in "qkv" for part in ("weight", "bias")}
 
 
@@ -47,7 +50,7 @@ def test_what_inputs_tell_of_the_difference_is_made_good(draw, num_rows):
     trained, merged = layer(), layer()
     fresh = draw(50)
     before = missing(trained, merged, fresh)
-    found = corrections(trained, merged, *draw(num_rows))
+    found = attention_corrections(trained, merged, *draw(num_rows))
     assert found.keys() == PARTS
     for name, values in found.items():
         assert values.dtype == torch.bfloat16
@@ -60,17 +63,67 @@ def test_what_cannot_be_told_or_judged_stays(draw):
     # Differences of each token alone: what is fitted to some tells nothing of others.
     fresh = draw(50, told=0.0)
     before = missing(trained, merged, fresh)
-    for name, values in corrections(trained, merged, *draw(6, told=0.0)).items():
+    for name, values in attention_corrections(trained, merged, *draw(6, told=0.0)).items():
         merged.get_parameter(name).data = values
     assert missing(trained, merged, fresh) < 1.005 * before
-    assert corrections(trained, merged, *draw(1)) == {}
+    assert attention_corrections(trained, merged, *draw(1)) == {}
     same, apart = draw(10)
-    assert corrections(trained, merged, same, same) == {}
+    assert attention_corrections(trained, merged, same, same) == {}
     # In a row that judges, and in one that is fitted.
     for row in (0, 1):
         holed = [values.clone() for values in apart]
         holed[row][0, 3, 5] = torch.nan
-        assert corrections(trained, merged, same, holed) == {}
+        assert attention_corrections(trained, merged, same, holed) == {}
+
+
+def router():
+    torch.manual_seed(1)
+    found = GptOssTopKRouter(GptOssConfig(hidden_size=H, num_local_experts=E, num_experts_per_tok=K)).bfloat16()
+    nn.init.normal_(found.weight, std=H**-0.5)
+    return found
+
+
+def flat(rows):
+    return tuple([row[0] for row in part] for part in rows)
+
+
+def routed(trained, merged, rows):
+    """How far logits are apart, and the share of the trained router's choices that the merged one makes too."""
+    (wanted, _, wanted_TK), (logits, _, chosen_TK) = (
+        model(torch.cat(part)) for model, part in zip((trained, merged), rows, strict=True)
+    )
+    shared = [len({*a} & {*b}) / K for a, b in zip(wanted_TK.tolist(), chosen_TK.tolist(), strict=True)]
+    return float((wanted.double() - logits.double()).norm()), sum(shared) / len(shared)
+
+
+@torch.no_grad()
+def test_a_router_chooses_what_the_trained_one_does(draw):
+    trained, merged, fresh = router(), router(), flat(draw(50))
+    before, agreed = routed(trained, merged, fresh)
+    found = router_correction(trained, merged, *flat(draw(30)))
+    assert found.keys() == {"weight", "bias"}
+    for name, values in found.items():
+        assert values.dtype == torch.bfloat16
+        merged.get_parameter(name).data = values
+    after, agree = routed(trained, merged, fresh)
+    assert after < 0.5 * before
+    assert 1 - agree < 0.6 * (1 - agreed)
+
+
+@torch.no_grad()
+def test_a_router_stays_where_logits_come_nearer_and_choices_do_not(draw):
+    trained, merged, rows = router(), router(), flat(draw(30))[0]
+    assert router_correction(trained, merged, rows, rows) == {}
+    # What all experts have in common decides nothing, and takes up the digits of what does.
+    trained = trained.float()
+    trained.weight += 10 * torch.randn(H, generator=torch.Generator().manual_seed(2))
+    wanted_rows = [row.float() for row in rows]
+    _, agreed = routed(trained, merged, (wanted_rows, rows))
+    assert agreed > 0.99
+    assert router_correction(trained, merged, wanted_rows, rows) == {}
+    # What one expert has beside decides enough to be worth them.
+    trained.weight[0] += 1
+    assert router_correction(trained, merged, wanted_rows, rows)
 
 
 @pytest.mark.parametrize("num_inputs", [20, 100])

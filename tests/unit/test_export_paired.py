@@ -33,9 +33,9 @@ def case():
     return update, draw
 
 
-def round_(update, trained_NK, merged_NK, left_NO=None):
+def round_(update, trained_NK, merged_NK, left_NO=None, weights_N=None):
     with row_workers() as pool:
-        return round_paired(trained_NK, merged_NK, update, pool, 1, left_NO)
+        return round_paired(trained_NK, merged_NK, update, pool, 1, left_NO, weights_N)
 
 
 def wrong_sq(update, rounded, trained_NK, merged_NK, left_NO=0):
@@ -72,6 +72,32 @@ def test_what_is_left_beside_is_made_good_as_far_as_inputs_tell(case, num_inputs
     pairs, fresh = with_left(*draw(num_inputs)), with_left(*draw(FRESH))
     lost = [float(wrong_sq(update, round_(update, *seen), *fresh).sum()) for seen in (pairs, pairs[:2])]
     assert lost[0] < 0.5 * lost[1]
+
+
+@pytest.mark.parametrize("num_inputs", [1024, 100])
+def test_inputs_count_by_their_weight(case, num_inputs):
+    update, draw = case
+    generator = torch.Generator().manual_seed(2)
+    told = 0.1 * torch.randn(K, O, generator=generator) * K**-0.5
+
+    def drawn(count):
+        """Of the second half the opposite is left."""
+        trained_NK, merged_NK = draw(count)
+        left_NO = merged_NK @ told + 0.1
+        left_NO[count // 2 :] *= -1
+        # What judges is every so manieth.
+        order = torch.randperm(count, generator=generator)
+        return [part[order] for part in (trained_NK, merged_NK, left_NO)], (order < count // 2).float()
+
+    pairs, is_first = drawn(num_inputs)
+    alike, same, apart = (round_(update, *pairs, weights) for weights in (None, is_first * 0 + 4, is_first + 0.01))
+    assert all(torch.equal(a, b) for a, b in zip(alike[:3], same[:3], strict=True))
+    (fresh, fresh_is_first) = drawn(2 * FRESH)
+    lost = {}
+    for half in (0, 1):
+        rows = [part[fresh_is_first != half] for part in fresh]
+        lost[half] = [float(wrong_sq(update, rounded, *rows).sum()) for rounded in (apart, alike)]
+    assert lost[0][0] < 0.7 * lost[0][1] and lost[1][0] > lost[1][1]
 
 
 @pytest.mark.parametrize("num_inputs", [1024, 100])
