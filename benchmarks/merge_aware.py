@@ -19,11 +19,14 @@ With --ablation also what calibrated rounding is made of, each with all before i
     +biases       theirs take up the mean of what is missing
     +feedback     for the inputs of the merged model, where all layers before are rounded, and what these miss
     +layer        down_proj makes good what else its layer's output lacks
-    calibrated    queries, keys and values are corrected too
+    +attention    queries, keys and values are corrected
+    +router       it is corrected too
+    calibrated    tokens of prompts count less
 
 Loss is in nats for each token that carries some. KL is from the trained model of the first kind, mean and median over
-one in four of these tokens in one in four rows, and `same_top` how often the most likely ones agree there. `update` is
-|D| / |W| over the experts.
+one in four of these tokens, and `same_top` how often the most likely ones agree there. `update` is |D| / |W| over the
+experts. With --ablation each rate takes 2 minutes of one core beside its trainings; OMP_NUM_THREADS=1 is best beside
+other jobs.
 """
 
 import argparse
@@ -59,10 +62,10 @@ from gptoss_ft.recipes.samples import held_out_samples
 from gptoss_ft.training.run_folder import RunFolder
 
 COLUMNS = ("loss", "mean_kl", "median_kl", "same_top")
-# Of rows, and of their tokens that carry loss, one in so many is compared: logits of one are 0.8 MB, and fp64 is slow.
+# Of the tokens that carry loss, one in so many is compared: logits of one are 0.8 MB, and fp64 is slow.
 KL_STEP = 4
 # What calibrated rounding has beside the rounding of weights, in the order in which `--ablation` adds it.
-ABLATION = ("rounding", "+biases", "+feedback", "+layer")
+ABLATION = ("rounding", "+biases", "+feedback", "+layer", "+attention", "+router")
 
 
 def main() -> None:
@@ -75,7 +78,10 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="packed checkpoint to start from; by default random weights")
     parser.add_argument("--seed", type=int, default=0, help="of the adapters' initial weights and the order of rows")
     parser.add_argument(
-        "--work", type=Path, help="folder for the runs, where finished ones are used again; by default a temporary one"
+        "--work",
+        type=Path,
+        help="folder for the runs, where finished ones of the same config are used again, whatever version of the code "
+        "trained them; merges are always made anew; by default a temporary one",
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON last")
     args = parser.parse_args()
@@ -133,7 +139,7 @@ def models_of(
     }
     samples = list(held_out_samples(cfg.data, cfg.seed))
     trained, _ = load_adapter(load_base(base_path, dtype=torch.float32), run / "adapter")
-    wanted = compared(trained, samples)
+    wanted: list[Tensor] = []
     models = {"trained": measure(trained, wanted, samples)}
     del trained
     for way, folder in folders.items():
@@ -152,8 +158,10 @@ class InPart(Calibration):
         super().__init__(*arguments)  # type: ignore[arg-type]
         parts = ABLATION[: ABLATION.index(way) + 1]
         self.keeps_biases = "+biases" not in parts
-        # No layer's attention.
-        self.streams.layers = ()
+        if "+attention" not in parts:
+            self.streams.layers = ()
+        if "+router" not in parts:
+            self.streams.correct_router = lambda layer: None  # type: ignore[method-assign]
         whole = self.streams.inputs
 
         def inputs(projection: str) -> PairedInputs:
@@ -174,7 +182,8 @@ def merge_in_part(run: Path, merged: Path, cfg: TrainConfig, way: str, num_token
     base = Checkpoint.open(cfg.model.path)
     deltas = read_adapter(run / "adapter", base.spec)
     model, _ = load_adapter(load_base(base.path), run / "adapter")
-    calibrate = InPart(model, base, deltas, calibration_samples(cfg, num_tokens), way=way)
+    samples = [sample.input_ids for sample in calibration_samples(cfg, num_tokens)]
+    calibrate = InPart(model, base, deltas, samples, way=way)
     merge(base, deltas, merged / way, format="mxfp4", calibrate=calibrate)
     return merged / way
 
@@ -185,20 +194,21 @@ def relative_update(export: Path) -> float:
 
 
 def measure(model: GptOssForCausalLM, wanted: list[Tensor], samples: list[Sample]) -> dict[str, float]:
-    """Loss over all samples, and distance from `wanted`, which `compared` gave of another model."""
-    losses = [cross_entropy(*scored(model, sample), reduction="none") for sample in samples]
-    distances = Distances.join(list(map(Distances.between, wanted, compared(model, samples))))
+    """Loss over all samples, and distance from `wanted`, logits `[P, V]` by sample; of the first model, its own."""
+    losses, distances = [], []
+    for number, sample in enumerate(samples):
+        logits_LV, labels_L = scored(model, sample)
+        losses.append(cross_entropy(logits_LV, labels_L, reduction="none"))
+        if number == len(wanted):
+            wanted.append(logits_LV[::KL_STEP].clone())
+        distances.append(Distances.between(wanted[number], logits_LV[::KL_STEP]))
+    found = Distances.join(distances)
     return {
         "loss": float(torch.cat(losses).mean()),
-        "mean_kl": float(distances.kl_nats.mean()),
-        "median_kl": quantile(distances.kl_nats, 0.5),
-        "same_top": float(distances.same_top.double().mean()),
+        "mean_kl": float(found.kl_nats.mean()),
+        "median_kl": quantile(found.kl_nats, 0.5),
+        "same_top": float(found.same_top.double().mean()),
     }
-
-
-def compared(model: GptOssForCausalLM, samples: list[Sample]) -> list[Tensor]:
-    """Logits `[P, V]` of the positions that are compared, by sample."""
-    return [scored(model, sample)[0][::KL_STEP].clone() for sample in samples[::KL_STEP]]
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """What calibrated rounding keeps of an update, beside other ways to round, and how long it takes.
 
-    python benchmarks/rounding.py [--inputs 4096] [--experts 2] [--tokens 4096] [--json]
+    python benchmarks/rounding.py [--inputs 4096] [--weights normal t4] [--kinds aligned unaligned white]
+        [--experts 2] [--tokens 4096] [--json]
 
 Error: 256 rows of 2,880 columns, on the grid by the scale rule 2^ceil(log2(amax / 6)), and an update of rank 16 whose
 norm is 0.1, 1 or 5 % of theirs. E = |(W' - W - D) x| / |D x| on 2,048 inputs that no way has seen: 1 where the update
@@ -37,13 +38,15 @@ from gptoss_ft.mxfp4.calibrated import CalibratedRounding
 
 COLUMNS, ROWS, RANK, UNSEEN = 2880, 256, 16, 2048
 SIZES = {"0.1": 0.001, "1": 0.01, "5": 0.05}
-INPUTS = ("aligned", "unaligned", "white")
+WEIGHTS, INPUTS = ("normal", "t4"), ("aligned", "unaligned", "white")
 Packed = tuple[Tensor, Tensor]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=4096, help="that are rounded for; 0 measures no error")
+    parser.add_argument("--weights", nargs="+", default=WEIGHTS, choices=WEIGHTS)
+    parser.add_argument("--kinds", nargs="+", default=INPUTS, choices=INPUTS, help="of inputs and updates")
     parser.add_argument("--experts", type=int, default=2, help="whose rounding is timed, at most 32; 0 times nothing")
     parser.add_argument("--tokens", type=int, default=4096, help="of the layer that is timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -54,8 +57,8 @@ def main() -> None:
     result: dict[str, float] = {}
     if args.inputs:
         print(f"E for {args.inputs} inputs, mean of {args.seeds}")
-        for weights in ("normal", "t4"):
-            for inputs in INPUTS:
+        for weights in args.weights:
+            for inputs in args.kinds:
                 result |= errors(weights, inputs, args.inputs, range(args.seeds))
     if args.experts:
         result |= time_layer(args.experts, args.tokens, args.threads)
@@ -80,7 +83,10 @@ def errors(weights: str, inputs: str, num_inputs: int, seeds: range) -> dict[str
             for way, to_grid in ways.items():
                 error = (dequantize_mxfp4(*to_grid(), torch.float32) - target) @ unseen.T
                 means[way] += float(error.norm() / (update @ unseen.T).norm()) / len(seeds)
-        print(f"{weights:6} {inputs:9} {label:>3} % | " + " | ".join(f"{way} {E:6.3f}" for way, E in means.items()))
+        print(
+            f"{weights:6} {inputs:9} {label:>3} % | " + " | ".join(f"{way} {E:6.3f}" for way, E in means.items()),
+            flush=True,
+        )
         result |= {f"{way}_{weights}_{inputs}_{label}_error_ratio": round(E, 4) for way, E in means.items()}
     return result
 
