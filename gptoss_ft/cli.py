@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, cast
 
 from gptoss_ft import __version__
-from gptoss_ft.config import schema
+from gptoss_ft.config import commands, schema
 from gptoss_ft.config.catalog import choices, did_you_mean, groups, keys, presets, shown, summary
 from gptoss_ft.errors import UserError
 
@@ -37,7 +37,7 @@ class Command:
 def init(words: list[str]) -> int:
     from gptoss_ft.config.load import load_command
 
-    cfg = load_command(schema.InitCommand, words)
+    cfg = load_command(commands.InitCommand, words)
     from gptoss_ft.model.init import init_checkpoint
 
     init_checkpoint(cfg.model, Path(cfg.out), seed=cfg.seed, layout=cast("Layout", cfg.layout.value))
@@ -66,7 +66,7 @@ def train(words: list[str]) -> int:
 def export(words: list[str]) -> int:
     from gptoss_ft.config.load import load_command
 
-    cfg = load_command(schema.ExportCommand, words)
+    cfg = load_command(commands.ExportCommand, words)
     from gptoss_ft.recipes import export
 
     print(export.main(cfg))
@@ -76,7 +76,7 @@ def export(words: list[str]) -> int:
 def verify(words: list[str]) -> int:
     from gptoss_ft.config.load import load_command
 
-    cfg = load_command(schema.VerifyCommand, words)
+    cfg = load_command(commands.VerifyCommand, words)
     from gptoss_ft.recipes import verify
 
     return 0 if verify.main(cfg) else 1
@@ -85,7 +85,7 @@ def verify(words: list[str]) -> int:
 def doctor(words: list[str]) -> int:
     from gptoss_ft.config.load import load_command
 
-    cfg = load_command(schema.DoctorCommand, words)
+    cfg = load_command(commands.DoctorCommand, words)
     from gptoss_ft.recipes import doctor
 
     return 0 if doctor.main(cfg) else 1
@@ -94,7 +94,7 @@ def doctor(words: list[str]) -> int:
 def data_check(words: list[str]) -> int:
     from gptoss_ft.config.load import load_command
 
-    cfg = load_command(schema.DataCheckCommand, words)
+    cfg = load_command(commands.DataCheckCommand, words)
     from gptoss_ft.recipes import data
 
     print(data.check(cfg))
@@ -104,7 +104,7 @@ def data_check(words: list[str]) -> int:
 def data_render(words: list[str]) -> int:
     from gptoss_ft.config.load import load_command
 
-    cfg = load_command(schema.DataRenderCommand, words)
+    cfg = load_command(commands.DataRenderCommand, words)
     from gptoss_ft.recipes import data
 
     print(data.render(cfg))
@@ -114,7 +114,7 @@ def data_render(words: list[str]) -> int:
 def data_preview(words: list[str]) -> int:
     from gptoss_ft.config.load import load_command
 
-    cfg = load_command(schema.DataPreviewCommand, words)
+    cfg = load_command(commands.DataPreviewCommand, words)
     from gptoss_ft.recipes import data
 
     data.preview(cfg)
@@ -124,7 +124,7 @@ def data_preview(words: list[str]) -> int:
 def data_clear(words: list[str]) -> int:
     from gptoss_ft.config.load import load_command
 
-    cfg = load_command(schema.DataClearCommand, words)
+    cfg = load_command(commands.DataClearCommand, words)
     from gptoss_ft.recipes import data
 
     print(data.clear(cfg))
@@ -134,7 +134,7 @@ def data_clear(words: list[str]) -> int:
 COMMANDS = {
     "init": Command(
         init,
-        schema.InitCommand,
+        commands.InitCommand,
         "write a checkpoint with random weights in the published layout",
         ("gptoss-ft init model=tiny out=tiny", "gptoss-ft init model=gpt_oss_20b out=base layout=bf16 seed=1"),
     ),
@@ -151,43 +151,43 @@ COMMANDS = {
     ),
     "export": Command(
         export,
-        schema.ExportCommand,
+        commands.ExportCommand,
         "write a run's adapter, or the base model with the adapter merged in",
         ("gptoss-ft export run=runs/quickstart format=mxfp4 out=merged",),
     ),
     "verify": Command(
         verify,
-        schema.VerifyCommand,
+        commands.VerifyCommand,
         "reopen an export with other programs and compare it with the trained model",
         ("gptoss-ft verify run=runs/quickstart path=merged",),
     ),
     "doctor": Command(
         doctor,
-        schema.DoctorCommand,
+        commands.DoctorCommand,
         "check and time every kernel on this machine, and say what runs where and why; takes about half a minute",
         ("gptoss-ft doctor", "gptoss-ft doctor device=cpu out=doctor.json"),
     ),
     "data check": Command(
         data_check,
-        schema.DataCheckCommand,
+        commands.DataCheckCommand,
         "count what rows hold and would teach, and rank what looks wrong with them",
         ("gptoss-ft data check path=rows.jsonl", "gptoss-ft data check path=rows.jsonl on_error=skip max_length=8192"),
     ),
     "data render": Command(
         data_render,
-        schema.DataRenderCommand,
+        commands.DataRenderCommand,
         "write each generation's tokens, loss weights and text",
         ("gptoss-ft data render path=rows.jsonl out=samples.jsonl",),
     ),
     "data preview": Command(
         data_preview,
-        schema.DataPreviewCommand,
+        commands.DataPreviewCommand,
         "show samples token by token, in the terminal or as a web page",
         ("gptoss-ft data preview path=rows.jsonl count=3", "gptoss-ft data preview path=rows.jsonl out=preview.html"),
     ),
     "data clear": Command(
         data_clear,
-        schema.DataClearCommand,
+        commands.DataClearCommand,
         "remove the compiled samples that are kept between runs",
         ("gptoss-ft data clear", "gptoss-ft data clear days=7"),
     ),
@@ -261,10 +261,10 @@ def quiet_libraries() -> None:
 
 def overview(group: str = "") -> str:
     """The answer to `gptoss-ft --help`, or to `gptoss-ft data --help` and the like."""
-    commands = {name: command for name, command in COMMANDS.items() if name.startswith(group)}
+    members = {name: command for name, command in COMMANDS.items() if name.startswith(group)}
     lines = ["usage: gptoss-ft COMMAND key=value ...", "", "Fine-tune gpt-oss through its packed MXFP4 experts.", ""]
-    lines += [f"  {name:<12} {command.meaning}" for name, command in commands.items()]
-    lines += ["", "examples:", *(f"  {command.examples[0]}" for command in commands.values())]
+    lines += [f"  {name:<12} {command.meaning}" for name, command in members.items()]
+    lines += ["", "examples:", *(f"  {command.examples[0]}" for command in members.values())]
     lines += ["", "gptoss-ft COMMAND --help explains every key; gptoss-ft --version prints the version."]
     return "\n".join(lines)
 

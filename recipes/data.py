@@ -7,13 +7,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from gptoss_ft.config.schema import (
-    DataCheckCommand,
-    DataClearCommand,
-    DataPreviewCommand,
-    DataRenderCommand,
-    RowsConfig,
-)
+from gptoss_ft.config.commands import DataCheckCommand, DataClearCommand, DataPreviewCommand, DataRenderCommand
+from gptoss_ft.config.schema import RowsConfig
 from gptoss_ft.data.check import CheckReport
 from gptoss_ft.data.html_preview import preview_page
 from gptoss_ft.data.measure import measure

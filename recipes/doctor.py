@@ -13,7 +13,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from gptoss_ft.config.schema import DoctorCommand
+from gptoss_ft.config.commands import DoctorCommand
 from gptoss_ft.errors import UserError
 from gptoss_ft.files import check_writable_parent, write_whole
 from gptoss_ft.kernels import cpu_library, dispatch, selfcheck, verdicts

@@ -11,8 +11,10 @@ from typing import Literal, cast
 
 from gptoss_ft.adapters.save import load_adapter
 from gptoss_ft.config.catalog import rows_fault
+from gptoss_ft.config.commands import ExportCommand
 from gptoss_ft.config.load import compose_train_config
-from gptoss_ft.config.schema import MIN_FIDELITY, ExportCommand, Rounding, TrainConfig
+from gptoss_ft.config.schema import TrainConfig
+from gptoss_ft.config.values import MIN_FIDELITY, Rounding
 from gptoss_ft.data.sample import Sample
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.absorb import RULES as ABSORB_RULES

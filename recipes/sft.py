@@ -15,15 +15,8 @@ from transformers import GptOssForCausalLM, PrinterCallback, TrainingArguments
 from gptoss_ft.adapters.attach import Targets, attach_adapters
 from gptoss_ft.adapters.save import restore_adapter, save_adapter
 from gptoss_ft.config.load import to_yaml
-from gptoss_ft.config.schema import (
-    ROUNDED_FORMATS,
-    AdapterConfig,
-    DataConfig,
-    ModelConfig,
-    Rounding,
-    TrainConfig,
-    TrainerConfig,
-)
+from gptoss_ft.config.schema import AdapterConfig, DataConfig, ModelConfig, TrainConfig, TrainerConfig
+from gptoss_ft.config.values import ROUNDED_FORMATS, Rounding
 from gptoss_ft.data.collate import PaddingCollator
 from gptoss_ft.data.files import absolute
 from gptoss_ft.data.packing import best_fit

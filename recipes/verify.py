@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from gptoss_ft.config.schema import MIN_FIDELITY, VerifyCommand
+from gptoss_ft.config.commands import VerifyCommand
+from gptoss_ft.config.values import MIN_FIDELITY
 from gptoss_ft.export.merge_record import check_base_of_merge
 from gptoss_ft.export.verdict import VerifyReport
 from gptoss_ft.export.verify import verify_export

@@ -1,1 +1,1 @@
-"""Typed configuration: `schema` says what can be set, `catalog` lists it, `load` reads it."""
+"""Typed configuration: `schema` and `commands` say what can be set, `catalog` lists it, `load` reads it."""

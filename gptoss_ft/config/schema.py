@@ -1,134 +1,42 @@
-"""Every key a user can set: its type, its default, its meaning and the values it takes.
+"""Every key of a training run: its type, its default, its meaning and the values it takes.
 
 A field without a default is required. Each section checks itself when it is built.
 """
 
-import re
 from dataclasses import dataclass, field
-from datetime import date
-from enum import StrEnum
 from math import inf
-from typing import Any, Literal
 
+from gptoss_ft.config.values import (
+    ATTENTION_TARGETS,
+    FIDELITY_TOKENS_MEANING,
+    MIN_FIDELITY,
+    MIN_FIDELITY_MEANING,
+    ROUNDING_MEANING,
+    TOKENS_MEANING,
+    AttnImplementation,
+    BuiltinTool,
+    DataFormat,
+    Dtype,
+    ExportFormat,
+    LossPolicy,
+    MissingReasoning,
+    OnError,
+    Optim,
+    Precision,
+    ReasoningEffort,
+    Reporter,
+    Rounding,
+    Schedule,
+    Shape,
+    Target,
+    check_fidelity,
+    check_rounding,
+    is_date,
+    key,
+    require,
+    require_seed,
+)
 from gptoss_ft.errors import ConfigError
-
-# Members are spelled as users write them: OmegaConf reads and writes an enum by its names.
-Shape = StrEnum("Shape", ["tiny", "gpt_oss_20b", "gpt_oss_120b"])
-Layout = StrEnum("Layout", ["mxfp4", "bf16", "original"])
-Precision = StrEnum("Precision", ["mxfp4", "bf16"])
-Dtype = StrEnum("Dtype", ["bfloat16", "float32"])
-# Ours, and the one of transformers that knows attention sinks on every device.
-AttnImplementation = StrEnum("AttnImplementation", ["gptoss_ft", "eager"])
-Target = StrEnum(
-    "Target",
-    ["attention", "experts", "all", "q_proj", "k_proj", "v_proj", "o_proj", "router", "gate_up_proj", "down_proj"],
-)
-DataFormat = StrEnum(
-    "DataFormat",
-    [
-        "auto",
-        "messages",
-        "multilingual_thinking",
-        "openai_chat",
-        "openai_preference",
-        "openai_responses",
-        "openai_rft",
-        "prompt_completion",
-        "preference",
-        "sharegpt",
-        "alpaca",
-        "harmony",
-    ],
-)
-OnError = StrEnum("OnError", ["stop", "skip"])
-ReasoningEffort = StrEnum("ReasoningEffort", ["low", "medium", "high"])
-BuiltinTool = StrEnum("BuiltinTool", ["browser", "python"])
-LossPolicy = StrEnum("LossPolicy", ["all", "last_turn", "final_only", "no_reasoning", "tool_calls_only"])
-MissingReasoning = StrEnum("MissingReasoning", ["keep", "low_effort", "mask_channel", "drop"])
-# transformers' SchedulerType, without the schedules that need further arguments.
-Schedule = StrEnum(
-    "Schedule",
-    [
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
-    ],
-)
-Optim = StrEnum("Optim", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"])
-Reporter = StrEnum("Reporter", ["none", "wandb", "tensorboard"])
-ExportFormat = StrEnum(
-    "ExportFormat",
-    [
-        "adapter",
-        "adapter_vllm",
-        "adapter_sglang",
-        "adapter_gguf",
-        "bf16",
-        "mxfp4",
-        "original",
-        "gguf",
-        "gguf_q8_0",
-    ],
-)
-Rounding = StrEnum("Rounding", ["nearest", "dithered", "calibrated"])
-# Those that hold MXFP4 experts, whose updates are rounded to 4 bits.
-ROUNDED_FORMATS = (ExportFormat.mxfp4, ExportFormat.original, ExportFormat.gguf, ExportFormat.gguf_q8_0)
-ROUNDING_MEANING = (
-    "how MXFP4 formats round updates of experts: each number to nearest; dithered, each by a threshold of its own, "
-    "which keeps small updates in the mean and adds noise; or calibrated, together for their inputs on the run's rows. "
-    "A run with adapter.qat=true is dithered, as it was in training"
-)
-TOKENS_MEANING = "tokens of the run's training rows that rounding=calibrated looks at"
-# Half way between the base and the trained model.
-MIN_FIDELITY = 0.5
-MIN_FIDELITY_MEANING = "share of the way from base to trained model that a merged model has to keep; 0 takes any"
-FIDELITY_TOKENS_MEANING = "tokens of held-out rows that measure what a merged model keeps; 0 measures nothing"
-
-ATTENTION_TARGETS = (Target.attention, Target.all, Target.q_proj, Target.k_proj, Target.v_proj, Target.o_proj)
-
-
-def key(meaning: str, *, reads: Literal["file", "folder", "rows"] | None = None, **options: Any) -> Any:
-    """A dataclass field with its one-line meaning; `reads` marks a path that has to exist before the command starts."""
-    return field(metadata={"meaning": meaning, "reads": reads}, **options)
-
-
-def require(ok: bool, name: str, wanted: str, got: object) -> None:
-    """Raise `ConfigError` naming the key unless `ok`."""
-    if not ok:
-        raise ConfigError(f"{name} must be {wanted}, got {got}")
-
-
-def is_date(text: str | None) -> bool:
-    """Whether `text` is a day as YYYY-MM-DD, or None."""
-    try:
-        return text is None or date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
-
-
-def require_seed(seed: int) -> None:
-    """Raise `ConfigError` for a seed that NumPy, the narrowest of the generators, does not take."""
-    require(0 <= seed < 2**32, "seed", f"from 0 to {2**32 - 1}", seed)
-
-
-def check_rounding(rounding: Rounding, num_tokens: int, formats: list[ExportFormat], prefix: str = "") -> None:
-    """Raise `ConfigError` for a calibration on nothing, or a way to round nothing."""
-    require(num_tokens >= 1, f"{prefix}calibration_tokens", "1 or more", num_tokens)
-    if rounding is not Rounding.nearest and not set(formats) & set(ROUNDED_FORMATS):
-        raise ConfigError(
-            f"{prefix}rounding={rounding} is for formats that round experts ({', '.join(ROUNDED_FORMATS)}), "
-            f"not {', '.join(formats) or 'for none'}"
-        )
-
-
-def check_fidelity(min_fidelity: float, num_tokens: int, prefix: str = "") -> None:
-    """Raise `ConfigError` for a bound that nothing keeps, and for less than no tokens."""
-    require(0 <= min_fidelity <= 1, f"{prefix}min_fidelity", "in [0, 1]", min_fidelity)
-    require(num_tokens >= 0, f"{prefix}fidelity_tokens", "0 or more", num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,106 +273,3 @@ class TrainConfig:
                 "export.rounding=calibrated is another rounding than the one that adapter.qat=true trains through: "
                 "leave it at its default"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class InitCommand:
-    """`gptoss-ft init`"""
-
-    model: Shape = key("shape to write")
-    out: str = key("folder to create")
-    seed: int = key("seed of the weights", default=0)
-    layout: Layout = key("the published MXFP4 layout, bf16 or OpenAI's original", default=Layout.mxfp4)
-
-    def __post_init__(self) -> None:
-        require_seed(self.seed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportCommand:
-    """`gptoss-ft export`"""
-
-    run: str = key("run folder that `gptoss-ft train` made", reads="folder")
-    format: ExportFormat = key("what to write")
-    out: str = key("folder to create")
-    base: str | None = key("base checkpoint, if it has moved since training", reads="folder", default=None)
-    rounding: Rounding = key(ROUNDING_MEANING, default=Rounding.nearest)
-    calibration_tokens: int = key(TOKENS_MEANING, default=4096)
-    layers: list[int] | None = key("layers that rounding=calibrated is for, from 0; null is every layer", default=None)
-    experts: list[int] | None = key("experts it is for in those layers; null is every expert", default=None)
-    min_fidelity: float = key(MIN_FIDELITY_MEANING, default=MIN_FIDELITY)
-    fidelity_tokens: int = key(FIDELITY_TOKENS_MEANING, default=1024)
-    data: str | None = key("JSONL file to measure on; null takes the run's held-out rows", reads="file", default=None)
-    merged_base: bool = key("merge even into a base that this run was merged into already", default=False)
-
-    def __post_init__(self) -> None:
-        check_rounding(self.rounding, self.calibration_tokens, [self.format])
-        check_fidelity(self.min_fidelity, self.fidelity_tokens)
-        for name in ("layers", "experts"):
-            numbers = getattr(self, name)
-            if numbers is not None:
-                require(all(number >= 0 for number in numbers), name, "numbers from 0", numbers)
-                require(self.rounding is Rounding.calibrated, name, "null unless rounding=calibrated", numbers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifyCommand:
-    """`gptoss-ft verify`"""
-
-    run: str = key("run folder that `gptoss-ft train` made", reads="folder")
-    path: str = key("export to compare with the trained model", reads="folder")
-    data: str | None = key("JSONL file to compare on; null takes the run's held-out rows", reads="file", default=None)
-    base: str | None = key("base checkpoint, if it has moved since training", reads="folder", default=None)
-    max_tokens: int = key("tokens to compare", default=512)
-    min_fidelity: float = key(MIN_FIDELITY_MEANING, default=MIN_FIDELITY)
-
-    def __post_init__(self) -> None:
-        require(self.max_tokens >= 1, "max_tokens", "1 or more", self.max_tokens)
-        check_fidelity(self.min_fidelity, 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorCommand:
-    """`gptoss-ft doctor`"""
-
-    device: str | None = key("cpu, cuda or cuda:N; null is the CPU and every GPU", default=None)
-    out: str | None = key("JSON file to write the report to as well", default=None)
-
-    def __post_init__(self) -> None:
-        known = self.device is None or re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None
-        require(known, "device", "cpu, cuda or cuda:N", self.device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataCheckCommand(RowsConfig):
-    """`gptoss-ft data check`"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataRenderCommand(RowsConfig):
-    """`gptoss-ft data render`"""
-
-    out: str = key("JSONL file to write, a line for each generation")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataPreviewCommand(RowsConfig):
-    """`gptoss-ft data preview`"""
-
-    out: str | None = key("HTML file to write; null shows the samples in the terminal", default=None)
-    count: int = key("samples to show", default=20)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.count >= 1, "count", "1 or more", self.count)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataClearCommand:
-    """`gptoss-ft data clear`"""
-
-    cache_dir: str | None = key("folder to clear; null is gptoss-ft/samples in the user's cache folder", default=None)
-    days: float = key("remove only what was not used for so many days", default=0.0)
-
-    def __post_init__(self) -> None:
-        require(0 <= self.days < inf, "days", "0 or more and finite", self.days)

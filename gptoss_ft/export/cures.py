@@ -1,6 +1,6 @@
 """What to do instead of an export that keeps too little of the training."""
 
-from gptoss_ft.config.schema import Rounding
+from gptoss_ft.config.values import Rounding
 
 TRAINING = "train through the merge (adapter.qat=true), or adapter.targets=attention, which is not rounded to 4 bits"
 PACKED = (

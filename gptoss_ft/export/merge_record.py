@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from gptoss_ft.config.schema import Rounding
+from gptoss_ft.config.values import Rounding
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.distance import finite, quantile

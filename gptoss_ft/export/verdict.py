@@ -10,7 +10,7 @@ from math import inf, isinf
 from pathlib import Path
 from typing import Any
 
-from gptoss_ft.config.schema import MIN_FIDELITY
+from gptoss_ft.config.values import MIN_FIDELITY
 from gptoss_ft.export.distance import Distances, fidelity, finite, quantile
 from gptoss_ft.export.merge import MERGE_FILE
 from gptoss_ft.export.weights import Kind, WeightDistance

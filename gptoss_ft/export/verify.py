@@ -18,7 +18,7 @@ from tqdm import tqdm
 from gptoss_ft.adapters.merged import compute_merged
 from gptoss_ft.adapters.peft_files import CONFIG_FILE
 from gptoss_ft.adapters.save import load_adapter
-from gptoss_ft.config.schema import MIN_FIDELITY
+from gptoss_ft.config.values import MIN_FIDELITY
 from gptoss_ft.data.sample import Sample
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import read_adapter

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from gptoss_ft.adapters.attach import Targets, attach_adapters
 from gptoss_ft.adapters.save import save_adapter
+from gptoss_ft.config.commands import VerifyCommand
 from gptoss_ft.config.load import load_command, load_train_config, to_yaml
-from gptoss_ft.config.schema import VerifyCommand
 from gptoss_ft.data.sample import Sample
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import export_adapter, read_adapter

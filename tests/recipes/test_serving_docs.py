@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from gptoss_ft.adapters.attach import Targets, attach_adapters
 from gptoss_ft.adapters.save import save_adapter
 from gptoss_ft.cli import main
+from gptoss_ft.config.commands import ExportCommand
 from gptoss_ft.config.load import compose_train_config, load_command, to_yaml
-from gptoss_ft.config.schema import ExportCommand, ExportFormat
+from gptoss_ft.config.values import ExportFormat
 from gptoss_ft.export.vllm_adapter import MAX_LORA_RANKS
 from gptoss_ft.model.load import load_base
 

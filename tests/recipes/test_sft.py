@@ -179,11 +179,11 @@ def test_two_processes_take_the_same_steps_as_one(four_rows, tmp_path):
         arguments = words(folder, folder / "base", four_rows, "model.init=tiny", "data.eval_fraction=0")
         arguments += [f"data.eval_path={three_rows}", "data.analysis_weight=0.5"]
         arguments += [f"trainer.per_device_train_batch_size={batch_size}", "export.formats=[adapter]"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29571"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run([*launcher, "-m", "gptoss_ft", "train", *arguments], check=True, env=environment)
         return folder
 
-    two = run("two", [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"], 1)
+    two = run("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], 1)
     one = run("one", [sys.executable], 2)
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     evaluations = [[line for line in metrics(run) if "eval_loss_nats" in line] for run in (two, one)]

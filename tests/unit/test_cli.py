@@ -11,7 +11,7 @@ import pytest
 from tqdm import tqdm
 
 from gptoss_ft import __version__, cli
-from gptoss_ft.config import schema
+from gptoss_ft.config import commands
 from gptoss_ft.config.catalog import keys
 from gptoss_ft.errors import UserError
 
@@ -125,7 +125,7 @@ def test_a_command_that_stops_says_why(raised, code, message, capsys, monkeypatc
     def stop(words: list[str]) -> int:
         raise raised
 
-    monkeypatch.setitem(cli.COMMANDS, "init", cli.Command(stop, schema.InitCommand, "", ()))
+    monkeypatch.setitem(cli.COMMANDS, "init", cli.Command(stop, commands.InitCommand, "", ()))
     assert cli.main(["init"]) == code
     assert capsys.readouterr().err == message
 
@@ -136,7 +136,7 @@ def test_an_error_starts_a_new_line_after_an_open_progress_bar(capsys, monkeypat
             raise UserError("the disk is full")
         return 0
 
-    monkeypatch.setitem(cli.COMMANDS, "init", cli.Command(stop, schema.InitCommand, "", ()))
+    monkeypatch.setitem(cli.COMMANDS, "init", cli.Command(stop, commands.InitCommand, "", ()))
     assert cli.main(["init"]) == 1
     shown = capsys.readouterr().err
     assert "0/10" in shown and shown.endswith("\nerror: the disk is full\n")
@@ -145,12 +145,12 @@ def test_an_error_starts_a_new_line_after_an_open_progress_bar(capsys, monkeypat
 TERMINATED = """
 import sys, time
 from gptoss_ft import cli, files
-from gptoss_ft.config import schema
+from gptoss_ft.config import commands
 def write(words):
     with files.whole_folder("out"):
         print(flush=True)
         time.sleep(60)
-cli.COMMANDS["init"] = cli.Command(write, schema.InitCommand, "", ())
+cli.COMMANDS["init"] = cli.Command(write, commands.InitCommand, "", ())
 sys.exit(cli.main(["init"]))
 """
 
@@ -167,7 +167,7 @@ def test_termination_leaves_nothing_half_written(tmp_path):
 
 
 def test_commands_run_outside_the_main_thread_and_leave_signals_alone(monkeypatch):
-    monkeypatch.setitem(cli.COMMANDS, "init", cli.Command(len, schema.InitCommand, "", ()))
+    monkeypatch.setitem(cli.COMMANDS, "init", cli.Command(len, commands.InitCommand, "", ()))
     before = signal.getsignal(signal.SIGTERM)
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(cli.main, ["init", "a=b"]).result() == 1
@@ -192,6 +192,6 @@ def test_bugs_are_not_hidden(monkeypatch):
     def fail(words: list[str]) -> int:
         raise ZeroDivisionError
 
-    monkeypatch.setitem(cli.COMMANDS, "init", cli.Command(fail, schema.InitCommand, "", ()))
+    monkeypatch.setitem(cli.COMMANDS, "init", cli.Command(fail, commands.InitCommand, "", ()))
     with pytest.raises(ZeroDivisionError):
         cli.main(["init"])

@@ -13,21 +13,10 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from gptoss_ft.config.catalog import CONFIGS, choices, groups, keys, presets, summary
+from gptoss_ft.config.commands import InitCommand, VerifyCommand
 from gptoss_ft.config.load import check_paths, compose_train_config, load_command, load_train_config, to_yaml
-from gptoss_ft.config.schema import (
-    AttnImplementation,
-    BuiltinTool,
-    Dtype,
-    InitCommand,
-    LossPolicy,
-    Optim,
-    Schedule,
-    Shape,
-    Target,
-    TrainConfig,
-    TrainerConfig,
-    VerifyCommand,
-)
+from gptoss_ft.config.schema import TrainConfig, TrainerConfig
+from gptoss_ft.config.values import AttnImplementation, BuiltinTool, Dtype, LossPolicy, Optim, Schedule, Shape, Target
 from gptoss_ft.errors import ConfigError
 
 REQUIRED = ["run.dir=run", "model.path=base", "data.path=rows.jsonl"]

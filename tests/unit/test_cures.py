@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from gptoss_ft.config.schema import Rounding
+from gptoss_ft.config.values import Rounding
 from gptoss_ft.export.cures import cure
 
 MERGED = ("bf16", "mxfp4", "original", "gguf", "gguf_q8_0")

@@ -9,7 +9,8 @@ import time
 import pytest
 
 from gptoss_ft.cli import main
-from gptoss_ft.config.schema import DataConfig, OnError
+from gptoss_ft.config.schema import DataConfig
+from gptoss_ft.config.values import OnError
 from gptoss_ft.data import cache
 from gptoss_ft.data.cache import cached, remove_unused, writable_folder
 from gptoss_ft.data.dataset import compile_samples

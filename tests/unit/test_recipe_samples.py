@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from gptoss_ft.config.schema import BuiltinTool, DataConfig, LossPolicy, MissingReasoning
+from gptoss_ft.config.schema import DataConfig
+from gptoss_ft.config.values import BuiltinTool, LossPolicy, MissingReasoning
 from gptoss_ft.harmony.conversation import Conversation
 from gptoss_ft.harmony.vocabulary import decode
 from gptoss_ft.harmony.weights import LossRules
