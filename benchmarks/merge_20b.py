@@ -17,6 +17,8 @@ keeps is only said.
     adapter_gb      the adapter's factors
     out_gb          what was written
     same_tensors    tensors without an update that have the base's bits
+    corrections_seconds   where calibrated: correcting attention and router of one more layer, timed apart, since the
+                    first has nothing before it to be corrected for
     verify_seconds, verify_private_gb   comparing every weight, and the logits of every program
 """
 
@@ -38,6 +40,7 @@ from step_20b import anonymous_bytes, most
 from gptoss_ft.adapters.attach import Targets, attach_adapters
 from gptoss_ft.adapters.save import load_adapter, save_adapter
 from gptoss_ft.data.sample import Sample
+from gptoss_ft.export.absorb import attention_corrections, router_correction
 from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.calibrate import Calibration
 from gptoss_ft.export.deltas import LowRankDelta
@@ -122,7 +125,7 @@ def measure(
         if num_updated is not None:
             deltas = {name: delta for name, delta in deltas.items() if int(name.split(".")[2]) < num_updated}
         start = time.perf_counter()
-        calibrate = calibration(checkpoint, adapter, deltas, format, num_tokens) if num_tokens else None
+        calibrate = calibration(checkpoint, adapter, deltas, format, num_updated, num_tokens) if num_tokens else None
         try:
             report = merge(checkpoint, deltas, out, format=format, calibrate=calibrate)
             seconds = time.perf_counter() - start
@@ -132,6 +135,7 @@ def measure(
             verification = in_process(verify, base, adapter, out) if verified else {}
         finally:
             shutil.rmtree(out, ignore_errors=True)
+    corrections = {"corrections_seconds": correct(checkpoint, num_tokens)} if num_tokens else {}
     factors = sum(delta.A.nbytes + delta.B.nbytes for delta in deltas.values())
     return {
         "seconds": seconds,
@@ -139,6 +143,7 @@ def measure(
         "adapter_gb": factors / 1e9,
         "out_gb": num_bytes / 1e9,
         "same_tensors": num_same,
+        **corrections,
         **verification,
     }
 
@@ -187,12 +192,34 @@ def check_the_rest(base: Checkpoint, out: Path, changed: Collection[str]) -> int
 
 
 def calibration(
-    base: Checkpoint, adapter: Path, deltas: Mapping[str, LowRankDelta], format: MergeFormat, num_tokens: int
+    base: Checkpoint,
+    adapter: Path,
+    deltas: Mapping[str, LowRankDelta],
+    format: MergeFormat,
+    num_updated: int | None,
+    num_tokens: int,
 ) -> Calibration:
     model, _ = load_adapter(load_base(base.path), adapter)
     ids = torch.randint(model.config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0))
     samples = [row.tolist() for row in ids.split(ROW_TOKENS)]
-    return Calibration(model, base, deltas, samples, q8_0=q8_0_weights(base.spec, format))
+    # Layers whose updates are left out are not to be corrected towards a model that has them.
+    layers = None if num_updated is None else range(num_updated)
+    return Calibration(model, base, deltas, samples, layers=layers, q8_0=q8_0_weights(base.spec, format))
+
+
+def correct(base: Checkpoint, num_tokens: int) -> float:
+    """Seconds for the corrections of a layer that is given other inputs, of which all can be told from them."""
+    layer = load_base(base.path).model.layers[0]
+    generator = torch.Generator().manual_seed(0)
+    inputs_TH = torch.randn(num_tokens, base.spec.hidden_size, generator=generator).bfloat16()
+    trained = inputs_TH.split(ROW_TOKENS)
+    merged = (inputs_TH + 0.1 * inputs_TH.roll(1, dims=1)).split(ROW_TOKENS)
+    start = time.perf_counter()
+    found = attention_corrections(layer, layer, *([row[None] for row in rows] for rows in (trained, merged)))
+    found |= router_correction(layer.mlp.router, layer.mlp.router, trained, merged)
+    seconds = time.perf_counter() - start
+    print(f"{len(found)} weights and biases of another layer corrected in {seconds:.1f} s")
+    return seconds
 
 
 if __name__ == "__main__":

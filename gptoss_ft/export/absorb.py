@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from gptoss_ft.export.ridge import best_ridge
 
@@ -19,7 +20,7 @@ RIDGES = (10.0, 1.0, 0.1, 0.01)
 # Whole rows are held out, since the tokens of one have seen each other.
 HELD_OUT_EVERY = 5
 # What decides a result, for those who keep results: raise the number when methods change.
-RULES = ("corrected attention and router 1", RIDGES, HELD_OUT_EVERY)
+RULES = ("corrected attention and router 2", RIDGES, HELD_OUT_EVERY)
 
 
 @torch.no_grad()
@@ -28,7 +29,8 @@ def attention_corrections(
 ) -> dict[str, Tensor]:
     """Weights and biases, bf16, to put into a merged decoder layer, by their names in it.
 
-    A projection has none where it would not put out more of what the trained one does on the rows held out.
+    A projection has none where it would not, with numbers as they are written, put out more of what the trained one
+    does on the rows held out.
 
     Args:
         trained, merged: the decoder layers.
@@ -41,10 +43,9 @@ def attention_corrections(
     held_out_T = _held_out([row.shape[1] for row in merged_rows])
     found: dict[str, Tensor] = {}
     for name in PROJECTIONS:
-        projection = getattr(merged.self_attn, name)
-        missing_TO = getattr(trained.self_attn, name)(normed_TH).float() - projection(merged_TH).float()
-        correction = _fit(merged_TH.float(), missing_TO, held_out_T)
-        found |= {f"self_attn.{name}.{part}": values for part, values in _added(projection, correction).items()}
+        wanted_TO = getattr(trained.self_attn, name)(normed_TH)
+        correction = _corrected(getattr(merged.self_attn, name), merged_TH, wanted_TO, held_out_T)
+        found |= {f"self_attn.{name}.{part}": values for part, values in correction.items()}
     return found
 
 
@@ -64,14 +65,13 @@ def router_correction(
     merged_TH = torch.cat(list(merged_rows))
     held_out_T = _held_out(list(map(len, merged_rows)))
     wanted_TE, _, wanted_TK = trained(torch.cat(list(trained_rows)))
-    logits_TE, _, chosen_TK = merged(merged_TH)
-    found = _added(merged, _fit(merged_TH.float(), wanted_TE.float() - logits_TE.float(), held_out_T))
+    found = _corrected(merged, merged_TH, wanted_TE, held_out_T)
     if not found:
         return {}
-    corrected_TE = merged_TH @ found.get("weight", merged.weight).T + found["bias"]
-    corrected_TK = corrected_TE.topk(chosen_TK.shape[1]).indices
-    wanted, before, after = (choices[held_out_T] for choices in (wanted_TK, chosen_TK, corrected_TK))
-    return found if _num_shared(after, wanted) >= _num_shared(before, wanted) else {}
+    inputs_TH, wanted_TK = merged_TH[held_out_T], wanted_TK[held_out_T]
+    _, _, before_TK = merged(inputs_TH)
+    _, _, after_TK = functional_call(merged, found, (inputs_TH,))
+    return found if _num_shared(after_TK, wanted_TK) >= _num_shared(before_TK, wanted_TK) else {}
 
 
 def _held_out(lengths: Sequence[int]) -> Tensor:
@@ -79,33 +79,46 @@ def _held_out(lengths: Sequence[int]) -> Tensor:
     return torch.cat([torch.full((length,), number % HELD_OUT_EVERY == 0) for number, length in enumerate(lengths)])
 
 
-def _added(linear: nn.Module, correction: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The corrected parameters."""
-    parameters = {part: linear.get_parameter(part) for part in correction}
-    return {part: (old.float() + correction[part]).to(old.dtype) for part, old in parameters.items()}
-
-
 def _num_shared(chosen_TK: Tensor, wanted_TK: Tensor) -> int:
     """How many of the wanted experts were chosen."""
     return int((chosen_TK[:, :, None] == wanted_TK[:, None, :]).sum())
 
 
-def _fit(inputs_TH: Tensor, missing_TO: Tensor, held_out_T: Tensor) -> dict[str, Tensor]:
-    """What to add to the weight `[O, H]` and the bias `[O]`; nothing where neither helps what is held out, or nothing
-    is fitted, or where inputs or outputs are no numbers."""
+def _corrected(linear: nn.Module, inputs_TH: Tensor, wanted_TO: Tensor, held_out_T: Tensor) -> dict[str, Tensor]:
+    """The weight `[O, H]` and the bias `[O]`, or the bias alone, that put out most of what is wanted on what is held
+    out, as they are written; nothing where neither helps there, or nothing is fitted, or where inputs or outputs are no
+    numbers."""
+    missing_TO = wanted_TO.float() - _outputs(linear, inputs_TH)
     if held_out_T.all() or not (inputs_TH.isfinite().all() and missing_TO.isfinite().all()):
         return {}
+    weight, bias = linear.get_parameter("weight"), linear.get_parameter("bias")
     fitted_T = ~held_out_T
-    mean_H, mean_O = inputs_TH[fitted_T].mean(0), missing_TO[fitted_T].mean(0)
-    inputs_TH, centred_TO = inputs_TH - mean_H, missing_TO - mean_O
-    weight_OH = best_ridge(
-        (inputs_TH[fitted_T], centred_TO[fitted_T]), (inputs_TH[held_out_T], centred_TO[held_out_T]), RIDGES
+    lowest, best = missing_TO[held_out_T].square().sum(), {}
+    candidates: list[dict[str, Tensor]] = [{}]
+    fitted_OH = _fit(inputs_TH.float(), missing_TO, held_out_T)
+    if fitted_OH is not None:
+        candidates.append({"weight": (weight.float() + fitted_OH).to(weight.dtype)})
+    for found in candidates:
+        # Of what was fitted, rounding to bf16 may leave anything from nothing to all, and the inputs' mean makes much
+        # of that: the bias is for what the written weight leaves.
+        left_TO = wanted_TO[fitted_T].float() - _outputs(linear, inputs_TH[fitted_T], found)
+        found["bias"] = (bias.float() + left_TO.mean(0)).to(bias.dtype)
+        left_TO = wanted_TO[held_out_T].float() - _outputs(linear, inputs_TH[held_out_T], found)
+        if (cost := left_TO.square().sum()) < lowest:
+            lowest, best = cost, found
+    return best
+
+
+def _outputs(linear: nn.Module, inputs_TH: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
+    """What a projection, or a router before it chooses, puts out with these parameters in place of its own, fp32."""
+    outputs = functional_call(linear, parameters or {}, (inputs_TH,))
+    return (outputs[0] if isinstance(outputs, tuple) else outputs).float()
+
+
+def _fit(inputs_TH: Tensor, missing_TO: Tensor, held_out_T: Tensor) -> Tensor | None:
+    """What to add to the weight, `[O, H]`, if the bias makes good the mean; None where that is nothing."""
+    fitted_T = ~held_out_T
+    inputs_TH, missing_TO = (values - values[fitted_T].mean(0) for values in (inputs_TH, missing_TO))
+    return best_ridge(
+        (inputs_TH[fitted_T], missing_TO[fitted_T]), (inputs_TH[held_out_T], missing_TO[held_out_T]), RIDGES
     )
-    left_TO = centred_TO[held_out_T]
-    if weight_OH is not None:
-        left_TO = left_TO - inputs_TH[held_out_T] @ weight_OH.T
-    if not left_TO.square().sum() < missing_TO[held_out_T].square().sum():
-        return {}
-    if weight_OH is None:
-        return {"bias": mean_O}
-    return {"weight": weight_OH, "bias": mean_O - weight_OH @ mean_H}

@@ -177,6 +177,8 @@ class Streams:
             [hidden_TH for hidden_TH, *_ in watched.calls] for watched in (self.trained_experts, self.merged_experts)
         )
         found = router_correction(trained, merged, trained_rows, merged_rows)
+        if not found:
+            return
         self._put({f"mlp.router.{part}": values for part, values in found.items()})
         with torch.no_grad():
             choices = [merged(hidden_TH) for hidden_TH in merged_rows]
