@@ -140,8 +140,13 @@ def prepared(
         layer = _layers[weights] = _checked(weights)
     (B, T, H), (_, K, S, D), R = hidden_BTH.shape, keys_BKSD.shape, len(cos_RTC)
     if (layer.hidden, layer.kv_heads, layer.head_dim) != (H, K, D):
-        shapes = tuple(hidden_BTH.shape), tuple(keys_BKSD.shape)
-        raise ValueError(f"hidden and keys {shapes} must be of {layer.hidden} features, {K} heads of {layer.head_dim}")
+        shapes, heads = (tuple(hidden_BTH.shape), tuple(keys_BKSD.shape)), f"{layer.kv_heads} heads of {layer.head_dim}"
+        raise ValueError(f"hidden and keys {shapes} must be of {layer.hidden} features, {heads}")
+    # It has memory for no more, and reads all states by the dtype of the rows.
+    if not 0 < B * T <= MAX_TOKENS or B * T * layer.choices > MAX_CHOICES:
+        raise ValueError(f"{layer.choices} choices of {B * T} tokens must be up to {MAX_CHOICES} of {MAX_TOKENS}")
+    if any(t.dtype != hidden_BTH.dtype for t in (keys_BKSD, values_BKSD, cos_RTC, sin_RTC)):
+        raise ValueError(f"keys, values and rotation must be {hidden_BTH.dtype}")
     if keys_BKSD.shape != (B, K, S, D) or values_BKSD.shape != keys_BKSD.shape or T > S:
         shapes = tuple(keys_BKSD.shape), tuple(values_BKSD.shape)
         raise ValueError(f"keys and values {shapes} must be twice {(B, K, S, D)}, with {T} positions or more")

@@ -3,6 +3,8 @@
 B rows · K key/value heads · S positions · T new positions · D head dimension
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
@@ -56,16 +58,31 @@ class GrowingLayer(DynamicLayer):
         # Others that share the room, as a copy of this layer does, may have filled more of it.
         goes_on = room is not None and self.keys is keys and self.values is values and room.filled == filled
         if room is None or not goes_on or not room.has(T):
+            self._forget()
             room = self._room = Room(self.keys, self.values)
         room.filled += T
         return room.last(S + T)
+
+    def _forget(self) -> None:
+        """Let go of the room, unless keys and values are in it."""
+        self._room = self._last = None
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As transformers', which copies keys and values."""
+        self._forget()
+        return super().update(*args, **kwargs)
+
+    def reset(self) -> None:
+        """As transformers'."""
+        self._forget()
+        super().reset()
 
     def _keep(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
         self._last = (keys, values, self._room.filled) if self._room else None
 
 
-class GrowingSlidingWindowLayer(DynamicSlidingWindowLayer, GrowingLayer):
+class GrowingSlidingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):
     """`DynamicSlidingWindowLayer` with room behind its keys and values."""
 
     def extended(self, T: int) -> tuple[Tensor, Tensor]:

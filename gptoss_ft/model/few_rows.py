@@ -4,6 +4,7 @@ They compute few rows on a CPU so, unless a gradient is wanted; everything else 
 """
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from transformers.utils import output_capturing
 
 from gptoss_ft.kernels.cpu_library import MAX_TOKENS
 from gptoss_ft.kernels.dispatch import attention_inputs, linear, rms_norm
-from gptoss_ft.model import pending
 from gptoss_ft.model.attention import ATTENTION, attention_forward
 from gptoss_ft.model.linear import FrozenLinear
 
@@ -24,7 +24,6 @@ class FewRowsRMSNorm(GptOssRMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., H] -> [..., H]`"""
-        pending.finish()
         if not has_few_rows(hidden_states, self):
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -104,8 +103,10 @@ def has_few_rows(x: Tensor, *modules: nn.Module) -> bool:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether nothing would be left out if its forward were not called."""
-    # accelerate's hooks replace forward on the module itself.
-    if type(module) is not kind or module._forward_pre_hooks or "forward" in vars(module):
+    if type(module) is not kind or module._forward_pre_hooks:
+        return False
+    # accelerate's hooks replace forward on the module itself, and put back what they found when they are removed.
+    if "forward" in vars(module) and vars(module)["forward"] != MethodType(kind.forward, module):
         return False
     return not module._forward_hooks or all(map(_is_idle, module._forward_hooks.values()))
 

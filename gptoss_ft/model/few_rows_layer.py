@@ -9,6 +9,7 @@ from copy import copy
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers import Cache
@@ -26,12 +27,12 @@ from gptoss_ft.kernels.cpu_library import ISA_VARIABLE, running_in
 from gptoss_ft.kernels.dispatch import decoder_layer
 from gptoss_ft.kernels.reference import LayerWeights, MXFP4Weight
 from gptoss_ft.kernels.registry import REFERENCE
-from gptoss_ft.model import pending
 from gptoss_ft.model.attention import ATTENTION, DocumentMask
 from gptoss_ft.model.cache import growing_layer
 from gptoss_ft.model.experts import PackedExperts
 from gptoss_ft.model.few_rows import FewRowsAttention, FewRowsRMSNorm, FewRowsRouter, has_few_rows, is_plain
 from gptoss_ft.model.linear import FrozenLinear
+from gptoss_ft.model.pending import Pending
 
 # What has to be in a layer, and nothing else be done by it.
 MODULES = {
@@ -85,72 +86,72 @@ class FewRowsDecoderLayer(GptOssDecoderLayer):
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        pending: Pending | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """`[B, T, H] -> [B, T, H]`"""
-        if position_embeddings is not None and has_few_rows(hidden_states, self):
-            kernel = _kernel(self, hidden_states, position_embeddings)
-            if kernel is not None:
-                step = (hidden_states, attention_mask, position_ids, past_key_values, position_embeddings)
-                if (out := self._step(kernel, *step)) is not None:
-                    return out
-        pending.finish()
+        """`[B, T, H] -> [B, T, H]`, which is computed together with that of the layers after it if `pending` is."""
+        pending = pending or Pending()
+        if position_embeddings is not None and has_few_rows(hidden_states, self) and not _has_global_hooks():
+            states = (hidden_states, attention_mask, position_ids, past_key_values, position_embeddings)
+            if (step := self._step(*states)) is not None:
+                pending.add(step)
+                return step.out_BTH
+        pending.pass_over()
         return super().forward(
             hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
         )
 
     def _step(
         self,
-        kernel: "_Kernel",
         hidden_BTH: Tensor,
         attention_mask: Any,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
         position_embeddings: tuple[Tensor, Tensor],
-    ) -> Tensor | None:
-        """The output; None if the mask or the cache is none for the kernel, and nothing was done to it then."""
-        B, T, _ = hidden_BTH.shape
-        if past_key_values is None:
-            S, cached = 0, None
-        else:
-            cached = growing_layer(past_key_values, kernel.layer_idx)
-            if cached is None or len(cached.keys) != B or cached.keys.dtype != hidden_BTH.dtype:
+    ) -> Prepared | None:
+        """The layer, to be computed; None if that takes more than the kernel, and nothing was done then."""
+        (B, T, _), S, cached = hidden_BTH.shape, 0, None
+        kernel = _kernel(self, hidden_BTH, position_embeddings)
+        if kernel is None:
+            return None
+        weights, function = kernel
+        states: tuple[Tensor, ...] = position_embeddings
+        if past_key_values is not None:
+            cached = growing_layer(past_key_values, self.self_attn.layer_idx)
+            if cached is None:
                 return None
-            S = cached.keys.shape[2]
-        documents_BS = None
-        if attention_mask is not None:
-            if not isinstance(attention_mask, DocumentMask) or attention_mask.num_keys != S + T:
+            S, states = cached.keys.shape[2], (cached.keys, cached.values, *states)
+            shape = B, len(weights.key_bias_O) // weights.head_dim, S, weights.head_dim
+            if cached.keys.shape != shape or cached.values.shape != shape:
                 return None
-            documents_BS, tree = attention_mask.documents(position_ids, B, T, hidden_BTH.device)
-            if tree is not None:
-                return None
+        if any(t.dtype != hidden_BTH.dtype or (t.requires_grad and torch.is_grad_enabled()) for t in states):
+            return None
+        mask = DocumentMask(S + T) if attention_mask is None else attention_mask
+        if not isinstance(mask, DocumentMask) or mask.num_keys != S + T:
+            return None
+        documents_BS, tree = mask.documents(position_ids, B, T, hidden_BTH.device)
+        if tree is not None:
+            return None
         if cached is None:
-            keys, values = (_new_states(kernel.weights, hidden_BTH) for _ in range(2))
+            keys, values = (_new_states(weights, hidden_BTH) for _ in range(2))
         else:
             keys, values = cached.extended(T)
-        step = kernel.function(hidden_BTH, keys, values, *position_embeddings, kernel.weights, documents_BS)
-        # A hook would read what is returned.
-        pending.compute(step, may_wait=is_plain(self, FewRowsDecoderLayer))
-        return step.out_BTH
+        return function(hidden_BTH, keys, values, *position_embeddings, weights, documents_BS)
 
 
-class _Kernel(NamedTuple):
-    """What computes a layer (in plain torch, if `is_reference`), and where its modules and parameters were found."""
+class _Found(NamedTuple):
+    """The weights of a layer, where they were found, and what computes it in each case that there was."""
 
-    called_for: tuple[Any, ...]
     modules: tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
     parameters: tuple[tuple[dict[str, nn.Parameter | None], str, tuple[Any, ...]], ...]
     constants: dict[str, Any]
     weights: LayerWeights
-    function: Callable[..., Prepared]
-    is_reference: bool
-    layer_idx: int
+    functions: dict[tuple[Any, ...], Callable[..., Prepared] | None]
 
-    def is_for(self, hidden_BTH: Tensor) -> bool:
-        """Whether it would be found again: all is where it was, and nothing else is to be done by a module."""
+    def is_as_found(self) -> bool:
+        """Whether all is where it was, and nothing else is to be done by a module."""
         return (
-            self.called_for == _called_for(hidden_BTH)
-            and all(
+            all(
                 children[name] is module and is_plain(module, kind)
                 for (children, name, module), kind in zip(self.modules, MODULES.values(), strict=True)
             )
@@ -160,24 +161,32 @@ class _Kernel(NamedTuple):
 
 
 # Beside the layers, which are copied and pickled.
-_kernels: WeakKeyDictionary[FewRowsDecoderLayer, _Kernel] = WeakKeyDictionary()
+_found: WeakKeyDictionary[FewRowsDecoderLayer, _Found] = WeakKeyDictionary()
 
 
-def _kernel(layer: FewRowsDecoderLayer, hidden_BTH: Tensor, rotation: tuple[Tensor, Tensor]) -> _Kernel | None:
+def _kernel(
+    layer: FewRowsDecoderLayer, hidden_BTH: Tensor, rotation: tuple[Tensor, Tensor]
+) -> tuple[LayerWeights, Callable[..., Prepared]] | None:
     """What computes the same as transformers with every module and hook that there is; None if nothing does."""
     attention = layer.self_attn
     if attention.config._attn_implementation != ATTENTION or (attention.training and attention.attention_dropout):
         return None
-    known = _kernels.get(layer)
-    if known is None or not known.is_for(hidden_BTH):
-        known = _found(layer, hidden_BTH, rotation)
-        if known is None:
+    found = _found.get(layer)
+    if found is None or not found.is_as_found():
+        # Replaced weights are not kept alive.
+        _found.pop(layer, None)
+        found = _find(layer)
+        if found is None:
             return None
-        _kernels[layer] = known
-    return None if known.is_reference else known
+        _found[layer] = found
+    case = hidden_BTH.dtype, hidden_BTH.shape, os.environ.get(ISA_VARIABLE)
+    if case not in found.functions:
+        found.functions[case] = _chosen(hidden_BTH, rotation, found.weights)
+    function = found.functions[case]
+    return (found.weights, function) if function else None
 
 
-def _found(layer: FewRowsDecoderLayer, hidden_BTH: Tensor, rotation: tuple[Tensor, Tensor]) -> _Kernel | None:
+def _find(layer: FewRowsDecoderLayer) -> _Found | None:
     modules = []
     for path, kind in MODULES.items():
         parent, _, name = path.rpartition(".")
@@ -200,28 +209,22 @@ def _found(layer: FewRowsDecoderLayer, hidden_BTH: Tensor, rotation: tuple[Tenso
     )
     constants = _constants([module for _, _, module in modules])
     weights = LayerWeights(**tensors, gate_up=gate_up, down=down, **constants)
+    return _Found(tuple(modules), tuple(parameters), constants, weights, {})
+
+
+def _chosen(
+    hidden_BTH: Tensor, rotation: tuple[Tensor, Tensor], weights: LayerWeights
+) -> Callable[..., Prepared] | None:
+    """`prepared` in the instruction set that dispatch chooses; None if that is plain torch."""
     states_BKTD = _new_states(weights, hidden_BTH)
-    choice = decoder_layer.chosen(hidden_BTH, states_BKTD, states_BKTD, *rotation, weights)
-    return _Kernel(
-        _called_for(hidden_BTH),
-        tuple(modules),
-        tuple(parameters),
-        constants,
-        weights,
-        running_in(choice.implementation.removeprefix("cpu/"), prepared),
-        choice.implementation == REFERENCE,
-        layer.self_attn.layer_idx,
-    )
+    implementation = decoder_layer.chosen(hidden_BTH, states_BKTD, states_BKTD, *rotation, weights).implementation
+    return None if implementation == REFERENCE else running_in(implementation.removeprefix("cpu/"), prepared)
 
 
 def _new_states(weights: LayerWeights, hidden_BTH: Tensor) -> Tensor:
     """Memory for the keys or the values of tokens alone."""
     (B, T, _), D = hidden_BTH.shape, weights.head_dim
     return hidden_BTH.new_empty(B, len(weights.key_bias_O) // D, T, D)
-
-
-def _called_for(hidden_BTH: Tensor) -> tuple[Any, ...]:
-    return hidden_BTH.dtype, hidden_BTH.shape, os.environ.get(ISA_VARIABLE)
 
 
 def _place(tensor: Tensor | None) -> tuple[Any, ...]:
@@ -260,19 +263,18 @@ def use_few_rows_layers(model: nn.Module) -> None:
             model.set_submodule(name, _as(kind, module))
     for module in model.modules():
         if isinstance(module, GptOssModel):
-            module.register_forward_pre_hook(_before_layers)
-            module.register_forward_hook(_after_layers, always_call=True)
+            module.register_forward_pre_hook(_with_pending, with_kwargs=True)
 
 
-def _before_layers(model: GptOssModel, _: tuple[Any, ...]) -> None:
-    """Let layers wait for each other if nothing else can see what they return before the norm that follows them."""
-    follow = (*((layer, FewRowsDecoderLayer) for layer in model.layers), (model.norm, FewRowsRMSNorm))
-    if all(is_plain(module, kind) for module, kind in follow) and not _has_global_hooks():
-        pending.begin()
+def _with_pending(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Let the layers of transformers' own forward wait for each other, if nothing else sees what they return.
 
-
-def _after_layers(model: GptOssModel, *_: object) -> None:
-    pending.end()
+    It hands its keyword arguments to every layer.
+    """
+    is_own = type(model) is GptOssModel and "forward" not in vars(model)
+    if is_own and all(is_plain(layer, FewRowsDecoderLayer) for layer in model.layers):
+        return args, {**kwargs, "pending": Pending(len(model.layers))}
+    return None
 
 
 def _has_global_hooks() -> bool:

@@ -15,7 +15,7 @@ from gptoss_ft.kernels.gpu.launch import on_device
 
 def unavailable(where: torch.device, dtype: torch.dtype) -> str:
     """Why these products cannot run there on rows of `dtype`; empty if they can."""
-    return device.unavailable(where, dtype, (torch.bfloat16,))
+    return device.unsuitable(where, dtype, (torch.bfloat16,))
 
 
 def refuses_dx(rows: Tensor, w_EOI: Tensor, *_: object) -> str:

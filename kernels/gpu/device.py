@@ -13,14 +13,18 @@ LEAST_CAPABILITY = (8, 0)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, dtypes: Collection[torch.dtype]) -> str:
-    """Why kernels for `dtypes` cannot run on a device in one dtype, in words for the user; empty if they can."""
+    """Why Triton kernels for `dtypes` cannot run on a device in one dtype, for the user; empty if they can."""
+    return unsuitable(device, dtype, dtypes) or _lacks_compiler()
+
+
+def unsuitable(device: torch.device, dtype: torch.dtype, dtypes: Collection[torch.dtype]) -> str:
+    """`unavailable`, but for what Triton needs."""
     if dtype not in dtypes:
         computed, asked = (", ".join(str(each).removeprefix("torch.") for each in some) for some in (dtypes, (dtype,)))
         return f"the GPU kernels compute in {computed}, not {asked}"
     return _lacks(device)
 
 
-# It looks for files, and every call of every operation asks.
 @cache
 def _lacks(device: torch.device) -> str:
     if device.type != "cuda":
@@ -33,6 +37,12 @@ def _lacks(device: torch.device) -> str:
     if capability < LEAST_CAPABILITY:
         found, least = (".".join(map(str, version)) for version in (capability, LEAST_CAPABILITY))
         return f"{torch.cuda.get_device_name(device)} has compute capability {found}; the GPU kernels need {least}"
+    return ""
+
+
+# It looks for files, and every call of every operation asks.
+@cache
+def _lacks_compiler() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (on Linux, torch for CUDA brings it)"
     if not os.environ.get("CC") and not any(map(shutil.which, ("clang", "gcc"))):

@@ -1,5 +1,7 @@
 """A whole layer in one kernel, against the reference, and in models against layers composed of other kernels."""
 
+import gc
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 
@@ -276,6 +278,10 @@ def runs(monkeypatch):
     return counts
 
 
+def rotation_of(model, states, positions):
+    return model.model.rotary_emb(states, torch.tensor([positions]))
+
+
 def test_layers_of_a_forward_pass_are_computed_together(models, runs):
     ours, _, _ = models
     with torch.no_grad():
@@ -283,7 +289,7 @@ def test_layers_of_a_forward_pass_are_computed_together(models, runs):
         assert runs == [2]
         # Not where something else may read what a layer returns.
         states = torch.randn(1, 1, ours.config.hidden_size)
-        rotation = ours.model.rotary_emb(states, torch.tensor([[0]]))
+        rotation = rotation_of(ours, states, [0])
         first, second = (ours.model.layers[0](states, position_embeddings=rotation) for _ in range(2))
     assert runs == [2, 1, 1] and torch.equal(first, second)
 
@@ -301,22 +307,150 @@ def test_what_reads_the_output_of_a_layer_finds_it_computed(models, runs):
             ours(ids)
             hook.remove()
             torch.testing.assert_close(seen[0][0], wanted[1], rtol=1e-4, atol=1e-4)
-        hook = torch.nn.modules.module.register_module_forward_hook(
-            lambda module, args, out: seen.append(out) if module is ours.model.layers[0] else None
-        )
-        ours(ids)
-        hook.remove()
-        torch.testing.assert_close(seen[-1], wanted[1], rtol=1e-4, atol=1e-4)
-    assert runs == [1] * 6
+    assert runs == [1] * 4
 
 
-def test_a_forward_pass_that_failed_leaves_nothing_to_compute(models, runs, monkeypatch):
+def test_a_loop_of_ones_own_over_the_layers_finds_them_computed(models, runs, monkeypatch):
     ours, _, _ = models
-    ids = torch.tensor([[5, 7, 11]])
+    model, ids, seen = ours.model, torch.tensor([[5, 7, 11]]), []
+
+    def forward(input_ids, **_):
+        states = model.embed_tokens(input_ids)
+        for layer in model.layers:
+            states = layer(states, position_embeddings=rotation_of(ours, states, [0, 1, 2]))
+            seen.append(states.clone())
+        return seen
+
+    with torch.no_grad():
+        wanted = ours(ids, output_hidden_states=True).hidden_states
+        monkeypatch.setattr(model, "forward", forward)
+        model(ids)
+    torch.testing.assert_close(seen[0], wanted[1], rtol=1e-4, atol=1e-4)
+    assert runs == [1, 1]
+
+
+def test_hooks_of_all_modules_are_heard(models, runs):
+    ours, _, _ = models
+    heard = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(module))
+    with torch.no_grad():
+        ours(torch.tensor([[5, 7, 11]]))
+    hook.remove()
+    assert not runs and {layer.mlp.experts for layer in ours.model.layers} < set(heard)
+
+
+@pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_forward_pass_that_failed_leaves_nothing_to_compute(failure, models, runs, monkeypatch):
+    ours, _, _ = models
+    ids, states = torch.tensor([[5, 7, 11]]), torch.randn(1, 1, ours.config.hidden_size)
+
+    def fail(*_):
+        raise failure
+
     with torch.no_grad():
         wanted = ours(ids).logits
-        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(ours.model.layers[1], "_step", lambda *_: 1 / 0)
+        with monkeypatch.context() as patch, pytest.raises(failure):
+            patch.setattr(ours.model.layers[1], "_step", fail)
             ours(ids)
+        ours.model.layers[0](states, position_embeddings=rotation_of(ours, states, [0]))
         assert torch.equal(ours(ids).logits, wanted)
-    assert runs == [2, 2]
+    assert runs == [2, 1, 2]
+
+
+def test_layers_are_of_the_cache_by_their_present_numbers(models):
+    ours, composed, calls = models
+    results = []
+    for model in (ours, composed):
+        with torch.no_grad():
+            model(torch.tensor([[5]]))
+            model.model.layers = model.model.layers[::-1]
+            for number, layer in enumerate(model.model.layers):
+                layer.self_attn.layer_idx = number
+            cache = DynamicCache(config=model.config)
+            ids = torch.tensor([[5, 7, 11, 13, 17, 19, 23]])
+            steps = [ids[:, :5], ids[:, 5:6], ids[:, 6:]]
+            results.append([model(step, past_key_values=cache, use_cache=True).logits for step in steps])
+    assert len(calls) == 6
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_documents_are_found_without_a_mask_too(models):
+    ours, composed, calls = models
+    states = torch.randn(1, 4, ours.config.hidden_size)
+    positions = torch.tensor([[0, 1, 0, 1]])
+    with torch.no_grad():
+        results = [
+            model.model.layers[0](
+                states, position_ids=positions, position_embeddings=rotation_of(model, states, [0, 1, 0, 1])
+            )
+            for model in (ours, composed)
+        ]
+    assert len(calls) == 1
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_a_cache(models):
+    ours, _, calls = models
+    cache, K, D = DynamicCache(config=ours.config), ours.config.num_key_value_heads, ours.config.head_dim
+    prefix = [torch.randn(1, K, 2, D, requires_grad=True) for _ in range(2)]
+    for number in range(2):
+        cache.update(*prefix, number)
+    ours(torch.tensor([[5]]), past_key_values=cache, use_cache=True).logits.sum().backward()
+    assert not calls and all(states.grad.abs().sum() > 0 for states in prefix)
+
+
+def test_states_of_another_dtype_or_shape_are_left_to_transformers(models):
+    ours, _, calls = models
+    states, layer = torch.randn(1, 1, ours.config.hidden_size), ours.model.layers[0]
+    rotation = rotation_of(ours, states, [2])
+    K, D = ours.config.num_key_value_heads, ours.config.head_dim
+    with torch.no_grad():
+        layer(states, position_embeddings=rotation)
+        assert len(calls) == 1
+        layer(states, position_embeddings=tuple(half.double() for half in rotation))
+        for heads in ((K, D), (K + 1, D)):
+            cache = DynamicCache(config=ours.config)
+            dtype = torch.float64 if heads == (K, D) else torch.float32
+            cache.update(torch.randn(1, heads[0], 2, D), torch.randn(1, heads[0], 2, D, dtype=dtype), 0)
+            with pytest.raises((RuntimeError, ValueError)):
+                layer(states, past_key_values=cache, position_embeddings=rotation)
+    assert len(calls) == 1
+
+
+def test_replaced_weights_are_not_kept(models):
+    ours, _, _ = models
+    with torch.no_grad():
+        ours(torch.tensor([[5]]))
+        layer = ours.model.layers[0]
+        replaced, layer.mlp.experts = weakref.ref(layer.mlp.experts), torch.nn.Identity()
+        with pytest.raises((TypeError, AttributeError)):
+            ours(torch.tensor([[5]]))
+    gc.collect()
+    assert replaced() is None
+
+
+def test_layers_whose_hooks_of_accelerate_were_removed_are_whole_again(models, runs):
+    ours, _, _ = models
+    layer = ours.model.layers[0]
+    for module in (layer, layer.mlp):
+        add_hook_to_module(module, told_of([]))
+        remove_hook_from_module(module)
+    with torch.no_grad():
+        ours(torch.tensor([[5]]))
+    assert runs == [2]
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [({}, 2), ({"num_beams": 3, "num_return_sequences": 2}, 1), ({"prompt_lookup_num_tokens": 2}, 1)],
+    ids=["greedy, padded", "beams", "prompt lookup"],
+)
+def test_generates_what_composed_layers_generate(options, rows, models):
+    ours, composed, calls = models
+    ids = torch.tensor([[5, 7, 11, 7, 11, 13, 7], [3, 5, 7, 3, 5, 7, 5]])[:rows]
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[0, 0] = 0
+    settings = {"max_new_tokens": 8, "do_sample": False, "use_cache": True, "pad_token_id": 0, "eos_token_id": None}
+    found, wanted = (model.generate(ids, attention_mask=mask, **settings, **options) for model in (ours, composed))
+    assert calls and torch.equal(found, wanted)

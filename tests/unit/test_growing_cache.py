@@ -1,5 +1,7 @@
 """Layers of a cache that grow in place, against transformers' own, which copies at every step."""
 
+import gc
+import weakref
 from copy import copy, deepcopy
 
 import pytest
@@ -117,3 +119,15 @@ def test_other_caches_and_empty_layers_do_not_grow(index):
     if hasattr(cache.layers[index], "activate_past_recording"):
         cache.layers[index].activate_past_recording()
         assert growing_layer(cache, index) is None
+
+
+@pytest.mark.parametrize("change", ["update", "reset"])
+def test_what_replaces_a_cache_frees_its_room(change, index):
+    cache, _ = filled(index)
+    room = weakref.ref(grow(cache, index, *states(1))[0]._base)
+    if change == "update":
+        cache.update(*states(1), index)
+    else:
+        cache.reset()
+    gc.collect()
+    assert room() is None

@@ -13,8 +13,8 @@ import torch
 
 from gptoss_ft.kernels import dispatch, flex_attention
 from gptoss_ft.kernels.cases import Draw
+from gptoss_ft.kernels.gpu import dense_experts, launch, low_rank, packed_experts
 from gptoss_ft.kernels.gpu import device as gpu_device
-from gptoss_ft.kernels.gpu import launch, low_rank, packed_experts
 from gptoss_ft.kernels.gpu import merging as gpu_merging
 from gptoss_ft.kernels.gpu import rows as gpu_rows
 
@@ -82,9 +82,14 @@ def nvidia(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     monkeypatch.setenv("CC", "gcc")
-    gpu_device._lacks.cache_clear()
+    forget_device()
     yield monkeypatch
+    forget_device()
+
+
+def forget_device() -> None:
     gpu_device._lacks.cache_clear()
+    gpu_device._lacks_compiler.cache_clear()
 
 
 @pytest.mark.usefixtures("nvidia")
@@ -111,7 +116,7 @@ def test_ampere_with_triton_is_accepted():
 )
 def test_other_machines_are_refused_in_words(unavailable, nvidia):
     def reason(device: torch.device = CUDA) -> str:
-        gpu_device._lacks.cache_clear()
+        forget_device()
         return unavailable(device, torch.bfloat16)
 
     assert "NVIDIA GPUs, not xpu" in reason(torch.device("xpu"))
@@ -127,6 +132,13 @@ def test_other_machines_are_refused_in_words(unavailable, nvidia):
     assert "no NVIDIA GPU" in reason()
     nvidia.setattr(torch.version, "hip", "7.0")
     assert "AMD" in reason()
+
+
+def test_torchs_own_products_need_no_compiler(nvidia):
+    nvidia.delenv("CC")
+    nvidia.setattr("shutil.which", lambda _: None)
+    assert dense_experts.unavailable(CUDA, torch.bfloat16) == ""
+    assert "not xpu" in dense_experts.unavailable(torch.device("xpu"), torch.bfloat16)
 
 
 def test_a_device_is_asked_once(nvidia):
