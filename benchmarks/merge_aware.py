@@ -182,7 +182,7 @@ def merge_in_part(run: Path, merged: Path, cfg: TrainConfig, way: str, num_token
     base = Checkpoint.open(cfg.model.path)
     deltas = read_adapter(run / "adapter", base.spec)
     model, _ = load_adapter(load_base(base.path), run / "adapter")
-    samples = [sample.input_ids for sample in calibration_samples(cfg, num_tokens)]
+    samples = [sample.input_ids for sample in calibration_samples(cfg, num_tokens)[0]]
     calibrate = InPart(model, base, deltas, samples, way=way)
     merge(base, deltas, merged / way, format="mxfp4", calibrate=calibrate)
     return merged / way

@@ -51,7 +51,8 @@ from gptoss_ft.training.run_folder import RunFolder, write_json
 FIDELITY_POSITIONS = 256
 
 # Errors at tokens of a prompt reach what is emitted through attention alone. Where they counted in full, an update of
-# 1 % kept 61 % of its gain in loss, not 68 %, and the mean KL was a quarter larger.
+# 1 % kept 61 % of its gain in loss, not 68 %, and the mean KL was a quarter larger: on the held-out rows by which it
+# was chosen, with one seed of a tiny model (benchmarks/merge_aware.py).
 PROMPT_WEIGHT = 0.1
 
 ADAPTER_FORMATS: dict[str, Callable[[Path, Path, Checkpoint], Path]] = {
@@ -182,6 +183,7 @@ def export_run(
                 packed_base=checkpoint.layout != "bf16",
                 trains_experts=update_experts(deltas),
                 rounding=rounding,
+                limits=calibrate.limits if calibrate else None,
                 merged_training=cfg.adapter.qat,
             )
             raise UserError(
@@ -307,7 +309,7 @@ def calibration(
             raise UserError(f"{name}={unknown}: {base.path} has {name} 0 to {total - 1}")
     refuse_existing(out)
     refuse_other_writers(out)
-    samples = calibration_samples(config_of(run), chosen.num_tokens)
+    samples, all_rows = calibration_samples(config_of(run), chosen.num_tokens)
     q8_0 = q8_0_weights(spec, format)
     ids, weights = [sample.input_ids for sample in samples], token_weights(samples)
     journal = Journal(out, rounding_key(base, deltas, [*ids, *weights], chosen, q8_0))
@@ -326,6 +328,7 @@ def calibration(
         num_elements=num_elements(deltas, spec, chosen),
         q8_0=q8_0,
         weights=weights,
+        all_rows=all_rows,
     )
 
 
@@ -363,8 +366,8 @@ def num_elements(deltas: Mapping[str, LowRankDelta], spec: GptOssSpec, chosen: C
     return total
 
 
-def calibration_samples(cfg: TrainConfig, num_tokens: int) -> list[Sample]:
-    """Whole training samples, drawn by the run's seed, of at most `num_tokens` tokens together."""
+def calibration_samples(cfg: TrainConfig, num_tokens: int) -> tuple[list[Sample], bool]:
+    """Whole training samples, drawn by the run's seed, of at most `num_tokens` tokens; whether they are all."""
     for path in cfg.data.path:
         if fault := rows_fault(path):
             raise UserError(f"{path}: {fault}; rounding=calibrated needs the run's training rows where they were")
@@ -381,7 +384,7 @@ def calibration_samples(cfg: TrainConfig, num_tokens: int) -> list[Sample]:
     if not chosen:
         shortest = lengths.min()
         raise UserError(f"the shortest training sample has {shortest} tokens: set calibration_tokens to that at least")
-    return chosen
+    return chosen, len(chosen) == len(train)
 
 
 def config_of(run: RunFolder) -> TrainConfig:

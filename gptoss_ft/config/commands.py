@@ -47,7 +47,9 @@ class ExportCommand:
     rounding: Rounding = key(ROUNDING_MEANING, default=Rounding.nearest)
     calibration_tokens: int = key(TOKENS_MEANING, default=4096)
     layers: list[int] | None = key("layers that rounding=calibrated is for, from 0; null is every layer", default=None)
-    experts: list[int] | None = key("experts it is for in those layers; null is every expert", default=None)
+    experts: list[int] | None = key(
+        "experts it is for in those layers, beside their attention and router; null is every one", default=None
+    )
     min_fidelity: float = key(MIN_FIDELITY_MEANING, default=MIN_FIDELITY)
     fidelity_tokens: int = key(FIDELITY_TOKENS_MEANING, default=1024)
     data: str | None = key("JSONL file to measure on; null takes the run's held-out rows", reads="file", default=None)

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
 
+from gptoss_ft.export.cures import Limits
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.journal import Journal
 from gptoss_ft.export.merged import PackedUpdate, Rounded, torch_threads
@@ -35,9 +36,10 @@ class Calibration:
         journal: where to keep what was rounded, and to take it from.
         num_elements: how many weights will be asked for, which is the whole of the progress bar and of the estimate
             that is printed; None shows neither.
+        all_rows: `samples` are all that there are.
 
     Attributes:
-        few_inputs: see `Calibrate`.
+        few_inputs, limits: see `Calibrate`.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Calibration:
         num_elements: int | None = None,
         q8_0: Collection[str] = (),
         weights: Sequence[Sequence[float]] | None = None,
+        all_rows: bool = False,
     ) -> None:
         self.num_threads = torch.get_num_threads()
         self.streams = Streams(model, base, deltas, samples, q8_0, layers, weights)
@@ -63,6 +66,7 @@ class Calibration:
         self.biases: dict[str, Tensor] = {}
         self.few_inputs: dict[str, list[int]] = {}
         self.layers, self.experts = layers, experts
+        self.limits = Limits(restricted=layers is not None or experts is not None, all_rows=all_rows)
         self.last_layer = max(layers) if layers else base.spec.num_hidden_layers - 1
         self.journal = journal
         self.progress = Progress(num_elements, base.spec.num_hidden_layers)

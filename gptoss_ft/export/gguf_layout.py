@@ -112,7 +112,8 @@ def from_ggml_blocks(packed: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of `to_ggml_blocks`."""
     groups = packed.unflatten(-1, (-1, BLOCK_BYTES))
     halves = unpack_nibbles(groups[..., 1:]).unflatten(-1, (-1, 2))
-    return pack_nibbles(halves.transpose(-1, -2).flatten(-2)), groups[..., 0]
+    # Kernels leave what is not contiguous to plain torch.
+    return pack_nibbles(halves.transpose(-1, -2).flatten(-2)), groups[..., 0].contiguous()
 
 
 def _name(names: TensorNameMap, part: str) -> str:

@@ -3,13 +3,14 @@
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from gguf import GGMLQuantizationType
 
+from gptoss_ft.export.cures import Limits
 from gptoss_ft.export.deltas import LowRankDelta, check_deltas
 from gptoss_ft.export.finite import check_rewritten
 from gptoss_ft.export.gguf_layout import MODEL_FILE, GgufFormat, check_representable, gguf_tensors, q8_0_weights
@@ -65,6 +66,7 @@ class MergeReport:
     corrected: dict[str, str] = field(default_factory=dict)
     rounding: str | None = None
     few_inputs: dict[str, list[int]] | None = None
+    limits: Limits | None = None
 
     def __str__(self) -> str:
         total = sum(self.updates.values(), UpdateStats())
@@ -108,7 +110,7 @@ class MergeReport:
         return "\n".join(lines)
 
     def _rounded_to_nearest(self, few_inputs: dict[str, list[int]]) -> str:
-        """Why some experts were, in a calibrated merge."""
+        """Why some weights of experts were, in a calibrated merge."""
         by_layer = Counter[str]()
         for name, experts in few_inputs.items():
             by_layer[name.split(".")[2]] += len(experts)
@@ -116,10 +118,12 @@ class MergeReport:
         if by_layer:
             layers = ", ".join(f"{count} in layer {layer}" for layer, count in by_layer.items())
             num_few = by_layer.total()
-            reasons.append(f"{num_few} had fewer than {MIN_INPUTS} inputs ({layers}): raise calibration_tokens")
+            has_more = self.limits is None or not self.limits.all_rows
+            cure = ": raise calibration_tokens" if has_more else " of all training rows"
+            reasons.append(f"{num_few} had fewer than {MIN_INPUTS} inputs ({layers}){cure}")
         if num_others := self.num_nearest - by_layer.total():
             reasons.append(f"{num_others} are not among the chosen layers and experts")
-        return f"{self.num_nearest} were rounded to nearest: {'; '.join(reasons)}"
+        return f"{self.num_nearest} weights of experts were rounded to nearest: {'; '.join(reasons)}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -128,9 +132,10 @@ class MergeReport:
             "merged_training": self.merged_training,
             "rounding": self.rounding,
             "num_tensors_copied": self.num_copied,
-            "num_experts_calibrated": self.num_calibrated,
-            "num_experts_to_nearest": self.num_nearest,
+            "num_weights_calibrated": self.num_calibrated,
+            "num_weights_to_nearest": self.num_nearest,
             "experts_with_few_inputs": self.few_inputs,
+            "limits_of_calibration": self.limits and asdict(self.limits),
             "calibrated_experts": {
                 name: {str(expert): digest for expert, digest in digests.items()}
                 for name, digests in self.calibrated.items()
@@ -197,6 +202,7 @@ def merge(
             {name: tensor_digest(bias) for name, bias in weights.biases.items()} | weights.corrected,
             _rounding(format, weights),
             calibrate.few_inputs if calibrate else None,
+            calibrate.limits if calibrate else None,
         )
         if check:
             check(folder, report)

@@ -12,6 +12,7 @@ from typing import Any
 
 from gptoss_ft.config.values import Rounding
 from gptoss_ft.errors import UserError
+from gptoss_ft.export.cures import Limits
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.distance import finite, quantile
 from gptoss_ft.export.fidelity import Fidelity
@@ -57,21 +58,25 @@ class Noted:
     """What an export says that it wrote where base and adapter do not tell.
 
     Attributes:
+        limits: of calibrated rounding; None where the export was not asked for that, or does not say.
         rounding: how its MXFP4 experts were rounded, see `MergeReport`; None where it has none or does not say.
         experts: `packed_digest` by HF weight name and expert.
         corrected: `tensor_digest` by HF name of other tensors, as their file gives them.
+        asked_calibrated: it was asked for `rounding=calibrated`, whatever came of that.
     """
 
     experts: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     corrected: Mapping[str, str] = field(default_factory=dict)
     rounding: str | None = None
+    asked_calibrated: bool = False
+    limits: Limits | None = None
 
     @property
     def asked_for(self) -> Rounding:
         """What `rounding=` was."""
         if self.rounding == DITHER_RULE:
             return Rounding.dithered
-        return Rounding.calibrated if self.experts else Rounding.nearest
+        return Rounding.calibrated if self.asked_calibrated else Rounding.nearest
 
 
 def noted_in(export: Path) -> Noted:
@@ -90,7 +95,10 @@ def noted_in(export: Path) -> Noted:
         # Before attention was corrected too, the key was another.
         digests = record["corrected_tensors"] if "corrected_tensors" in record else record["corrected_biases"]
         corrected = {name: str(digest) for name, digest in digests.items()}
-        return Noted(experts, corrected, record.get("rounding"))
+        # Where all experts had too few inputs, that alone says what was asked for.
+        asked_calibrated = bool(experts) or record.get("experts_with_few_inputs") is not None
+        limits = record.get("limits_of_calibration")
+        return Noted(experts, corrected, record.get("rounding"), asked_calibrated, limits and Limits(**limits))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged: export again") from error
 

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from gptoss_ft.export.cures import Limits
 from gptoss_ft.export.deltas import LowRankDelta
 from gptoss_ft.export.gguf_layout import through_q8_0
 from gptoss_ft.kernels.codec import quantize_mxfp4
@@ -62,9 +63,11 @@ class Calibrate(Protocol):
 
     Attributes:
         few_inputs: experts that it did not round because they have too few inputs, by HF weight name.
+        limits: what else it was kept from.
     """
 
     few_inputs: dict[str, list[int]]
+    limits: Limits
 
     def __call__(self, name: str, expert: int, update: PackedUpdate, pool: ThreadPoolExecutor) -> Rounded | None:
         """An expert of the stack with this HF weight name; None if it is to be rounded to nearest."""
@@ -90,7 +93,8 @@ class MergedWeights:
     Attributes:
         updates: by HF weight name, over the experts that have an update, how it compares with what was written;
             also every expert stack that had to be rounded from bf16 to MXFP4.
-        num_calibrated, num_nearest: experts of packed stacks that were rounded for their inputs and to nearest.
+        num_calibrated, num_nearest: weights of experts of packed stacks that were rounded for their inputs and to
+            nearest.
         calibrated: `packed_digest` of the former by HF weight name and expert.
         biases: the experts' biases [E, O] that differ from the base's, by HF name.
         corrected: `tensor_digest` by HF name of what was corrected outside the experts, in 8 bits if it is written so.

@@ -107,6 +107,7 @@ def verify_export(
             packed_base=base_checkpoint.layout != "bf16",
             trains_experts=update_experts(read_adapter(adapter, base_checkpoint.spec)),
             rounding=noted.asked_for,
+            limits=noted.limits,
             merged_training=merged_training,
         ),
         min_fidelity=min_fidelity,

@@ -145,7 +145,7 @@ def test_sglang_fills_these_buffers(peer, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (peer.bases["bf16"], out, port, tmp_path / "buffers.safetensors")
-    done = subprocess.run([PYTHON, PROGRAM, *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run([PYTHON, PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found, rebuilt = load_file(arguments[-1]), as_sglang_loads(out, peer.spec)
     assert found.keys() == rebuilt.keys()

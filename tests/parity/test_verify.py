@@ -22,6 +22,7 @@ from gptoss_ft.config.load import load_command, load_train_config, to_yaml
 from gptoss_ft.data.sample import Sample
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import export_adapter, read_adapter
+from gptoss_ft.export.cures import Limits
 from gptoss_ft.export.distance import Distances
 from gptoss_ft.export.excerpts import select_positions
 from gptoss_ft.export.fingerprint import write_fingerprint
@@ -283,7 +284,7 @@ class OneExpert:
     corrected_weight, router = "model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.router.weight"
 
     def __init__(self, base):
-        self.base, self.few_inputs = base, {}
+        self.base, self.few_inputs, self.limits = base, {}, Limits()
 
     def corrected(self, name):
         return self.base.read(name) + 0.5 if name in (self.corrected_weight, self.router) else None

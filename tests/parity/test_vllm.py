@@ -36,7 +36,7 @@ pytestmark = [
 
 def vllm(*arguments):
     """Run the program and give the tensors that it wrote to its last argument."""
-    done = subprocess.run([PYTHON, PROGRAM, *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run([PYTHON, PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(arguments[-1])
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gptoss_ft.cli import main
 from gptoss_ft.config.load import compose_train_config
+from gptoss_ft.data.sample import Sample
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.distance import quantile
@@ -30,6 +31,7 @@ from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
 from gptoss_ft.recipes.export import (
     Calibrated,
+    calibration,
     calibration_samples,
     export_run,
     record_path,
@@ -268,6 +270,19 @@ def test_what_was_rounded_is_used_again_for_the_same_only(run, small_bases, tmp_
     assert rounding_key(base, deltas, [[1, 2], [3]], all_of_them, q8_0_weights(base.spec, "gguf")) == keys[0]
 
 
+def test_what_counts_of_the_rows_is_part_of_what_was_rounded(run, small_bases, tmp_path, monkeypatch):
+    base = Checkpoint.open(small_bases["mxfp4"])
+    deltas, folders = read_adapter(RunFolder(run).adapter, base.spec), []
+    for mask in ([0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]):
+        rows = [Sample([1, 2, 3, 4], mask, "row", 0)]
+        monkeypatch.setattr("gptoss_ft.recipes.export.calibration_samples", lambda *_, rows=rows: (rows, True))
+        calibrate = calibration(RunFolder(run), base, deltas, Calibrated(100), tmp_path / "out", "mxfp4")
+        assert calibrate.streams.weights_T.tolist() == pytest.approx(token_weights(rows)[0])
+        assert calibrate.limits.all_rows
+        folders.append(calibrate.journal.folder)
+    assert folders[0] == folders[2] != folders[1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -304,11 +319,13 @@ def test_calibration_samples_are_whole_and_within_the_budget(four_rows, tmp_path
     cfg = compose_train_config(words)
     train, held_out, _ = split_samples(cfg.data, cfg.seed)
     sizes = sorted(len(sample.input_ids) for sample in train)
-    everything = [sample.input_ids for sample in calibration_samples(cfg, sum(sizes))]
+    samples, are_all = calibration_samples(cfg, sum(sizes))
+    everything = [sample.input_ids for sample in samples]
+    assert are_all
     assert sorted(map(len, everything)) == sizes
     assert not any(sample.input_ids in everything for sample in held_out)
-    fewer = calibration_samples(cfg, sum(sizes) - 1)
-    assert len(fewer) == len(sizes) - 1 and all(sample.input_ids in everything for sample in fewer)
+    fewer, are_all = calibration_samples(cfg, sum(sizes) - 1)
+    assert not are_all and len(fewer) == len(sizes) - 1 and all(sample.input_ids in everything for sample in fewer)
     for sample, weights in zip(fewer, token_weights(fewer), strict=True):
         emitted = [place for place, weight in enumerate(weights) if weight == 1]
         assert [sample.labels[place + 1] for place in emitted] == [label for label in sample.labels if label != -100]

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from gptoss_ft.config.values import Rounding
-from gptoss_ft.export.cures import cure
+from gptoss_ft.export.cures import Limits, cure
 
 MERGED = ("bf16", "mxfp4", "original", "gguf", "gguf_q8_0")
 WAYS = ("rounding=calibrated", "rounding=dithered", "calibration_tokens", "adapter.qat=true", "adapter.targets")
@@ -39,6 +39,21 @@ def test_what_was_tried_is_not_named_again():
     )
     assert "rounding=" not in calibrated and "calibration_tokens" in calibrated
     assert "rounding=calibrated" in dithered and "rounding=dithered" not in dithered
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted", "others"),
+    [
+        (None, "raise calibration_tokens", "layers="),
+        (Limits(), "raise calibration_tokens", "layers="),
+        (Limits(restricted=True), "leave layers= and experts= out", "calibration_tokens"),
+        (Limits(restricted=True, all_rows=True), "leave layers= and experts= out", "calibration_tokens"),
+        (Limits(all_rows=True), "adapter.qat=true", "calibration_tokens"),
+    ],
+)
+def test_calibration_is_not_to_be_raised_where_that_changes_nothing(limits, wanted, others):
+    text = cure("mxfp4", packed_base=True, trains_experts=True, rounding=Rounding.calibrated, limits=limits)
+    assert wanted in text and others not in text
 
 
 def test_experts_that_keep_their_bits_have_no_cure():

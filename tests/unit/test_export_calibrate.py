@@ -8,12 +8,15 @@ import torch
 
 from gptoss_ft.adapters.attach import Targets, attach_adapters
 from gptoss_ft.adapters.save import load_adapter, save_adapter
+from gptoss_ft.config.values import Rounding
 from gptoss_ft.errors import UserError
 from gptoss_ft.export.adapter import read_adapter
 from gptoss_ft.export.calibrate import Calibration, Progress
+from gptoss_ft.export.cures import Limits
 from gptoss_ft.export.gguf_layout import q8_0_weights, through_q8_0
 from gptoss_ft.export.journal import Journal, digest, remove_journals
-from gptoss_ft.export.merge import merge
+from gptoss_ft.export.merge import MERGE_FILE, merge
+from gptoss_ft.export.merge_record import merge_record, noted_in
 from gptoss_ft.export.merged import MergedWeights, PackedUpdate, Rounded, row_workers, tensor_digest
 from gptoss_ft.export.streams import Streams
 from gptoss_ft.kernels.reference import clamped_swiglu, dequantize_mxfp4
@@ -22,6 +25,7 @@ from gptoss_ft.model.experts import PROJECTIONS
 from gptoss_ft.model.load import load_base
 from gptoss_ft.mxfp4.calibrated import MIN_INPUTS
 from gptoss_ft.mxfp4.round import UpdateStats
+from gptoss_ft.training.run_folder import write_json
 
 UNTRAINED = 2  # the expert that gets no update
 
@@ -193,6 +197,16 @@ def test_only_the_chosen_experts_are_calibrated(trained, paired, samples, ask):
     assert [place for place, found in zip(asked, done, strict=True) if found] == [(1, 0), (1, 3)]
 
 
+def test_experts_are_rounded_for_what_counts(trained, paired, samples, ask):
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    weights = [[1.0 if place % 3 == 0 else 0.01 for place in range(len(row))] for row in samples]
+    plain, same, weighted = (
+        ask(Calibration(trained, *paired, samples, weights=given), name, 1) for given in (None, None, weights)
+    )
+    assert torch.equal(plain.blocks, same.blocks) and torch.equal(plain.bias, same.bias)
+    assert not torch.equal(plain.blocks, weighted.blocks) and not torch.equal(plain.bias, weighted.bias)
+
+
 def test_a_journal_gives_back_what_was_noted_and_nothing_else(trained, paired, samples, ask, tmp_path):
     name = "model.layers.1.mlp.experts.gate_up_proj"
     journal = Journal(tmp_path / "out", "a" * 64)
@@ -264,14 +278,20 @@ def test_experts_that_hardly_see_anything_are_rounded_to_nearest(trained, small_
         deltas,
         tmp_path / "few",
         format="mxfp4",
-        calibrate=Calibration(trained, base, deltas, few),
+        calibrate=Calibration(trained, base, deltas, few, all_rows=True),
         progress=False,
     )
     merge(base, deltas, tmp_path / "nearest", format="mxfp4", progress=False)
     assert (report.num_calibrated, report.num_nearest) == (0, 2 * 2 * 3)
     assert "held-out" not in str(report) and "none of 12 weights of trained experts was rounded for its" in str(report)
-    assert "12 were rounded to nearest: 12 had fewer than 64 inputs (6 in layer 0, 6 in layer 1): raise" in str(report)
+    assert (
+        "12 weights of experts were rounded to nearest: 12 had fewer than 64 inputs (6 in layer 0, 6 in layer 1) of all"
+        in str(report)
+    )
     assert report.to_dict()["rounding"] == "nearest"
+    write_json(tmp_path / "few" / MERGE_FILE, merge_record(base, "adapter", report, None))
+    noted = noted_in(tmp_path / "few")
+    assert noted.asked_for is Rounding.calibrated and noted.limits == Limits(all_rows=True)
     first, second = (Checkpoint.open(tmp_path / folder) for folder in ("few", "nearest"))
     assert all(torch.equal(first.tensor(name), second.tensor(name)) for name in base.names())
 
@@ -294,12 +314,13 @@ def test_a_report_tells_which_experts_were_rounded_to_nearest_and_why(trained, p
     assert report.corrected and all(".layers.0.mlp.experts." in name for name in report.corrected)
     assert content["experts_with_few_inputs"] == dict.fromkeys(names, few)
     assert content["rounding"] == "calibrated and nearest"
-    assert content["num_experts_to_nearest"] == 2 * len(few) + 6
+    assert content["num_weights_to_nearest"] == 2 * len(few) + 6
     assert [sorted(map(int, content["calibrated_experts"][name])) for name in names] == [
         [expert for expert in (0, 1, 3) if expert not in few]
     ] * 2
     reason = f"{2 * len(few)} had fewer than 64 inputs ({2 * len(few)} in layer 0): raise calibration_tokens; 6 are not"
-    assert f"{2 * len(few) + 6} were rounded to nearest: {reason} among the chosen" in str(report)
+    assert content["limits_of_calibration"] == {"restricted": True, "all_rows": False}
+    assert f"{2 * len(few) + 6} weights of experts were rounded to nearest: {reason} among the chosen" in str(report)
 
 
 @pytest.mark.parametrize("layout", ["mxfp4", "original"])

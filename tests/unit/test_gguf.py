@@ -19,6 +19,7 @@ from gptoss_ft.export.gguf_layout import from_ggml_blocks, to_ggml_blocks
 from gptoss_ft.export.gguf_read import GgufModel
 from gptoss_ft.export.merge import merge
 from gptoss_ft.harmony.vocabulary import PATTERN
+from gptoss_ft.kernels import dispatch
 from gptoss_ft.kernels.reference import dequantize_mxfp4
 from gptoss_ft.model.checkpoint import Checkpoint
 from gptoss_ft.model.init import init_checkpoint
@@ -58,6 +59,16 @@ def test_ggml_blocks_hold_the_same_bits_in_another_order():
     assert all(torch.equal(*pair) for pair in zip(from_ggml_blocks(packed), (blocks, scales), strict=True))
     values = torch.from_numpy(gguf.dequantize(packed.numpy(), gguf.GGMLQuantizationType.MXFP4))
     assert torch.equal(values, dequantize_mxfp4(blocks, scales, torch.float32))
+
+
+def test_kernels_decode_what_a_file_holds(caplog, monkeypatch):
+    packed = to_ggml_blocks(
+        torch.zeros(3, 32, 2, 16, dtype=torch.uint8), torch.full((3, 32, 2), 120, dtype=torch.uint8)
+    )
+    operation = dispatch.dequantize_mxfp4
+    monkeypatch.setattr(operation, "_told", set())
+    operation(*from_ggml_blocks(packed), torch.float32)
+    assert "not contiguous" not in caplog.text
 
 
 # llama.cpp's names and what they hold, written out: the code takes the names from the `gguf` package.
