@@ -179,7 +179,7 @@ def _kernel(
         if found is None:
             return None
         _found[layer] = found
-    case = hidden_BTH.dtype, hidden_BTH.shape, os.environ.get(ISA_VARIABLE)
+    case = *(t.dtype for t in (hidden_BTH, *rotation)), hidden_BTH.shape, os.environ.get(ISA_VARIABLE)
     if case not in found.functions:
         found.functions[case] = _chosen(hidden_BTH, rotation, found.weights)
     function = found.functions[case]

@@ -405,9 +405,10 @@ def test_states_of_another_dtype_or_shape_are_left_to_transformers(models):
     rotation = rotation_of(ours, states, [2])
     K, D = ours.config.num_key_value_heads, ours.config.head_dim
     with torch.no_grad():
+        layer(states, position_embeddings=tuple(half.double() for half in rotation))
+        assert not calls
         layer(states, position_embeddings=rotation)
         assert len(calls) == 1
-        layer(states, position_embeddings=tuple(half.double() for half in rotation))
         for heads in ((K, D), (K + 1, D)):
             cache = DynamicCache(config=ours.config)
             dtype = torch.float64 if heads == (K, D) else torch.float32
