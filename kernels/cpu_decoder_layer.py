@@ -174,7 +174,7 @@ def prepared(
 def _checked(of: LayerWeights) -> _DecoderLayer:
     """What the library is given of weights whose shapes fit together."""
     H, (N,), D, (E, _, G, _) = len(of.input_norm_H), of.sinks_N.shape, of.head_dim, of.down.blocks_EOGB.shape
-    K, I = len(of.key_bias_O) // D, G * BLOCK_SIZE
+    K, I = of.kv_heads, G * BLOCK_SIZE
     for name, tensor, shape in (
         ("input norm", of.input_norm_H, (H,)),
         ("query", of.query_OH, (N * D, H)),

@@ -343,6 +343,11 @@ class LayerWeights:
     alpha: float
     limit: float
 
+    @property
+    def kv_heads(self) -> int:
+        """K, how many heads of keys and of values there are."""
+        return len(self.key_bias_O) // self.head_dim
+
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them."""
         fields = vars(self).values()

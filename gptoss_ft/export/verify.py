@@ -88,8 +88,10 @@ def verify_export(
     excerpts = select_positions(samples, max_tokens)
     noted = noted_in(export)
     check_dithered(noted, base_checkpoint, export)
-    weights = check_weights(base_checkpoint, adapter, contents, noted, progress, merged_training=merged_training)
-    del contents
+    deltas = read_adapter(adapter, base_checkpoint.spec)
+    weights = check_weights(base_checkpoint, deltas, contents, noted, progress, merged_training=merged_training)
+    trains_experts = update_experts(deltas)
+    del contents, deltas
     trained_PV, base_distances = trained_logits(
         base_checkpoint, adapter, excerpts, progress, merged_training=merged_training
     )
@@ -105,7 +107,7 @@ def verify_export(
         cure=cure(
             format,
             packed_base=base_checkpoint.layout != "bf16",
-            trains_experts=update_experts(read_adapter(adapter, base_checkpoint.spec)),
+            trains_experts=trains_experts,
             rounding=noted.asked_for,
             limits=noted.limits,
             merged_training=merged_training,
@@ -159,15 +161,14 @@ def _check_companions(base: Checkpoint, export: Path) -> None:
 
 def check_weights(
     base: Checkpoint,
-    adapter: Path,
+    deltas: Mapping[str, LowRankDelta],
     contents: Contents,
     noted: Noted,
     progress: bool = False,
     *,
     merged_training: bool = False,
 ) -> WeightCheck:
-    """Compare all weights, file with file; `noted` is what `noted_in` says."""
-    deltas = read_adapter(adapter, base.spec)
+    """Compare all weights, file with file; `deltas` are the adapter's updates, `noted` is what `noted_in` says."""
     distances = (
         checkpoint_distances(
             base,

@@ -121,7 +121,7 @@ class FewRowsDecoderLayer(GptOssDecoderLayer):
             if cached is None:
                 return None
             S, states = cached.keys.shape[2], (cached.keys, cached.values, *states)
-            shape = B, len(weights.key_bias_O) // weights.head_dim, S, weights.head_dim
+            shape = B, weights.kv_heads, S, weights.head_dim
             if cached.keys.shape != shape or cached.values.shape != shape:
                 return None
         if any(t.dtype != hidden_BTH.dtype or (t.requires_grad and torch.is_grad_enabled()) for t in states):
@@ -223,8 +223,8 @@ def _chosen(
 
 def _new_states(weights: LayerWeights, hidden_BTH: Tensor) -> Tensor:
     """Memory for the keys or the values of tokens alone."""
-    (B, T, _), D = hidden_BTH.shape, weights.head_dim
-    return hidden_BTH.new_empty(B, len(weights.key_bias_O) // D, T, D)
+    B, T, _ = hidden_BTH.shape
+    return hidden_BTH.new_empty(B, weights.kv_heads, T, weights.head_dim)
 
 
 def _place(tensor: Tensor | None) -> tuple[Any, ...]:

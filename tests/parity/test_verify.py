@@ -336,17 +336,17 @@ def test_calibrated_experts_are_known_by_what_was_written(wide, tmp_path):
         assert (again.corrected == report.corrected) == (format != "gguf_q8_0")
         _, contents = open_export(base, tmp_path / format)
         noted = Noted(noted_in(out).experts, again.corrected)
-        assert not check_weights(base, wide.adapter, contents, noted).outside
-        outside = [w.place for w in check_weights(base, wide.adapter, contents, Noted(noted.experts)).outside]
+        assert not check_weights(base, deltas, contents, noted).outside
+        outside = [w.place for w in check_weights(base, deltas, contents, Noted(noted.experts)).outside]
         assert {bias, key, router} <= {*outside}
     flip_byte(tmp_path / "gguf_q8_0" / "model.gguf", "blk.1.attn_k.weight", 3)
     _, contents = open_export(base, tmp_path / "gguf_q8_0")
-    assert [w.place for w in check_weights(base, wide.adapter, contents, noted).outside] == [key]
+    assert [w.place for w in check_weights(base, deltas, contents, noted).outside] == [key]
     noted = noted_in(out)
     # GGUF's are fp32: one that is not what bf16 can hold was not written so.
     flip_byte(tmp_path / "gguf" / "model.gguf", "blk.1.ffn_gate_exps.bias", 0)
     _, contents = open_export(base, tmp_path / "gguf")
-    assert [w.place for w in check_weights(base, wide.adapter, contents, noted).outside] == [bias]
+    assert [w.place for w in check_weights(base, deltas, contents, noted).outside] == [bias]
 
 
 def flip_byte(file, tensor, number):

@@ -155,7 +155,7 @@ def test_a_dithered_export_has_the_bits_that_merge_aware_training_computes_with(
     # The record says by which rule, so that every number can be compared.
     noted = noted_in(out)
     assert noted.rounding == DITHER_RULE and not json.loads((out / "merge.json").read_text())["merged_training"]
-    checked = check_weights(base, run / "adapter", exported, noted)
+    checked = check_weights(base, deltas, exported, noted)
     assert not checked.outside and checked.worst["dithered"].worst == 0
 
 
@@ -190,9 +190,9 @@ def test_dithered_exports_are_compared_exactly_and_by_their_rule_alone(run, smal
     tensors[f"{name}_blocks"][2].view(-1)[7] ^= 1
     save_file(tensors, file, metadata={"format": "pt"})
     (out / "manifest.json").unlink()
-    checked = check_weights(base, run / "adapter", Checkpoint.open(out), noted_in(out))
+    checked = check_weights(base, read_adapter(run / "adapter", base.spec), Checkpoint.open(out), noted_in(out))
     assert [weight.place for weight in checked.outside] == [f"{name}, expert 2"]
-    checked = check_weights(base, run / "adapter", Checkpoint.open(out), Noted())
+    checked = check_weights(base, read_adapter(run / "adapter", base.spec), Checkpoint.open(out), Noted())
     assert not [weight.place for weight in checked.outside]
 
     with pytest.raises(UserError, match=f"{unpacked.path} holds bf16 experts, and {out} was dithered from packed ones"):
